@@ -1,0 +1,42 @@
+# make demo    three hosts, a replicated LUN, a crash and a failover (as root)
+# make test    everything that can be checked; what .ci/run calls (as root)
+# make lint    ruff and mypy
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TO ?= latest
+# What the tests and the demo use of Debian; docs/dependencies.md says what for.
+PACKAGES := user-mode-linux kmod qemu-utils qemu-system-x86 nbdkit libnbd-bin fio open-iscsi \
+	e2fsprogs xfsprogs dbus iproute2 sg3-utils python3-venv
+TEST_ARGS ?=
+
+.PHONY: demo test lint unit tools clean
+
+test: tools $(VENV)/installed lint
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+unit: $(VENV)/installed
+	$(BIN)/python -m pytest tests/unit tests/property $(TEST_ARGS)
+
+demo: tools $(VENV)/installed
+	$(BIN)/python -m tests.lab.demo --to $(TO)
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+tools:
+	@missing=$$(for p in $(PACKAGES); do dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'install ok installed' || echo $$p; done); \
+	if [ -n "$$missing" ]; then \
+		echo "installing:" $$missing; \
+		apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $$missing; \
+	fi
+
+$(VENV)/installed: pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis lab-logs

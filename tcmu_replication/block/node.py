@@ -1,0 +1,90 @@
+"""The interface of every element of a chain.
+
+A node reads into and writes from buffers that belong to the caller, and copies
+nothing that it need not. Offsets and lengths are bytes, of any alignment; the
+range has been checked by the `Gate` at the top of the chain, so a node trusts
+it. `buffers` is a sequence of writable (read) or readable (write) memoryviews
+of format "B"; together they are as long as the request. The caller leaves the
+buffers alone until the request has ended.
+
+Each call returns None (done), raises `Error` (failed), or returns a `Pending`.
+A write that has ended is seen by every later read of the same chain; writes
+take effect in the order in which they were made.
+
+Batches: a frontend makes the calls of everything that it found in its ring or
+socket and then calls `unplug()` once; a node that gathers (the NBD client, the
+copy-before-write with durable pre-images) starts its gathered work then, at
+the latest. Control code that makes single calls does the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from tcmu_replication.block.pending import Pending
+
+Buffers = Sequence[memoryview]
+
+
+class Extent(NamedTuple):
+    """A run of `length` bytes that is alike: `allocated` here or below, and known to read as `zero`."""
+
+    length: int
+    allocated: bool
+    zero: bool
+
+
+class Node:
+    """An element of a chain. A filter sets `child` and overrides what it changes."""
+
+    def __init__(self, name: str, length: int, child: Node | None = None, *, read_only: bool = False) -> None:
+        self.name = name
+        self.length = length
+        self.read_only = read_only
+        self._child = child
+
+    @property
+    def child(self) -> Node:
+        """The node below (leaves have none)."""
+        assert self._child is not None, f"{self.name} is a leaf"
+        return self._child
+
+    @property
+    def children(self) -> tuple[Node, ...]:
+        """The nodes directly below, the one that is read from first."""
+        return () if self._child is None else (self._child,)
+
+    def read(self, offset: int, buffers: Buffers) -> Pending | None:
+        """Fill `buffers` from `offset`."""
+        return self.child.read(offset, buffers)
+
+    def write(self, offset: int, buffers: Buffers, fua: bool = False) -> Pending | None:
+        """Write `buffers` at `offset`; with `fua` it ends when the data is on stable storage."""
+        return self.child.write(offset, buffers, fua)
+
+    def zero(self, offset: int, length: int, fua: bool = False, unmap: bool = True) -> Pending | None:
+        """Make the range read as zeroes; with `unmap` space may be given back."""
+        return self.child.zero(offset, length, fua, unmap)
+
+    def discard(self, offset: int, length: int) -> Pending | None:
+        """The range is not needed any more. Afterwards it reads as zeroes or as before, block by block."""
+        return self.child.discard(offset, length)
+
+    def flush(self) -> Pending | None:
+        """Ends when every write that had ended before the call is on stable storage."""
+        return self.child.flush()
+
+    def extents(self, offset: int, length: int) -> list[Extent]:
+        """What the range is made of; the lengths add up to `length`. Alike neighbours are merged."""
+        return self.child.extents(offset, length)
+
+    def unplug(self) -> None:
+        """Start what was gathered since the last call. Never blocks, never raises."""
+        for child in self.children:
+            child.unplug()
+
+    def close(self) -> None:
+        """Release what this node opened, then close the nodes below. Twice is fine."""
+        for child in self.children:
+            child.close()
