@@ -12,7 +12,9 @@ TiB = 1 << 40
 BLOCK = 4 * KiB
 """The grain of overlays, of the copy-before-write and of dirty maps."""
 
-_SUFFIXES = {"": 1, "B": 1, "K": KiB, "KIB": KiB, "M": MiB, "MIB": MiB, "G": GiB, "GIB": GiB, "T": TiB, "TIB": TiB}
+_SUFFIXES = {"": 1, "B": 1}
+for _letter, _factor in (("K", KiB), ("M", MiB), ("G", GiB), ("T", TiB)):
+    _SUFFIXES |= {_letter: _factor, _letter + "IB": _factor}
 _SIZE = re.compile(r"\s*(\d+)\s*([A-Za-z]*)\s*\Z")
 
 
@@ -34,7 +36,7 @@ def parse_size(text: str) -> int:
     match = _SIZE.match(text)
     factor = _SUFFIXES.get(match[2].upper()) if match else None
     if match is None or factor is None:
-        raise ValueError(f"{text!r} is not a size; expected a whole number with K, M, G, T or KiB, MiB, GiB, TiB")
+        raise ValueError(f"{text!r} is not a size; expected a whole number and K, M, G or T, as in 256M or 1 TiB")
     return int(match[1]) * factor
 
 

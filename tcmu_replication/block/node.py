@@ -59,6 +59,16 @@ class Node:
         """Fill `buffers` from `offset`."""
         return self.child.read(offset, buffers)
 
+    def fetch(self, offset: int, length: int) -> memoryview:
+        """Read at once, blocking: for merges, pre-images and jobs, which must not be overtaken.
+
+        Raises `Error`. A node whose `read` may return a `Pending` overrides it.
+        """
+        view = memoryview(bytearray(length))
+        pending = self.read(offset, [view])
+        assert pending is None, f"{self.name} cannot read at once"
+        return view
+
     def write(self, offset: int, buffers: Buffers, fua: bool = False) -> Pending | None:
         """Write `buffers` at `offset`; with `fua` it ends when the data is on stable storage."""
         return self.child.write(offset, buffers, fua)
