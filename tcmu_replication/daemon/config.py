@@ -1,0 +1,300 @@
+"""The resource file: one replicated disk, described in TOML, the same file on both hosts.
+
+    /etc/tcmu-replication/disk0.toml
+
+    [resource]                                  [host.alpha]
+    name = "disk0"                              mode = "primary"
+    size = "256 MiB"                            address = "10.0.0.1"
+                                                disk = "/dev/vg0/disk0"
+    [link]                                      overlays = "/var/lib/tcmu-replication/disk0"
+    port = 10809
+                                                [host.beta]
+                                                ...
+
+What stands in a file is the tables below, one row per key; what they mean for
+one host's disks is host_check.py. Every refusal is an `Error(BAD_CONFIG)` that
+names the file, the key, what was found and what is expected. Reading changes
+nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import msgspec
+from msgspec import Meta, Struct, field
+
+from tcmu_replication import units
+from tcmu_replication.daemon.config_values import AbsolutePath, Address, Listen, Name, Serial, Size
+from tcmu_replication.errors import Error, Kind
+
+DIRECTORY = Path("/etc/tcmu-replication")
+RUN_DIRECTORY = Path("/run/tcmu-replication")
+SCSI_DEADLINE_S = 25.0
+"""Before the kernel's 30 s a command is answered BUSY; whatever waits for the peer must end sooner."""
+MAX_FILE_LENGTH = 1 << 20
+"""A resource file is a page of text; more than this is another kind of file."""
+
+FAILOVER_MEANINGS = """\
+latest      everything that the primary had acknowledged; this host's own writes since the last
+            checkpoint are dropped. Right for an initiator that lives on and was told that its
+            writes are safe.
+checkpoint  the last checkpoint plus this host's own writes; what the primary wrote since is undone.
+            Right where the consumer itself goes back to the checkpoint (a COLO or Remus VM)."""
+
+Mode = Literal["primary", "secondary"]
+FailoverTo = Literal["latest", "checkpoint"]
+
+
+Port = Annotated[int, Meta(ge=1, le=65535, description="a TCP port, 1 to 65535")]
+Seconds = Annotated[float, Meta(ge=0, le=SCSI_DEADLINE_S, description="seconds, 0 to 25")]
+Timeout = Annotated[float, Meta(ge=0.1, le=SCSI_DEADLINE_S, description="seconds, 0.1 to 25")]
+
+
+class _Resource(Struct, frozen=True, forbid_unknown_fields=True, rename="kebab", kw_only=True):
+    """[resource]"""
+
+    name: Name
+    size: Size
+    block_size: Literal[512, 4096] = 512
+    failover: FailoverTo | None = None
+    on_local_error: Literal["report", "detach"] = "report"
+    serial: Serial | None = None
+    durable: bool = True
+    overlay_limit: Size | None = None
+
+
+class Link(Struct, frozen=True, forbid_unknown_fields=True, rename="kebab", kw_only=True):
+    """[link]: NBD `port`, `control_port`, and how long (seconds) a lost or silent peer is waited for."""
+
+    port: Port = 10809
+    control_port: Port = 10810
+    reconnect_delay: Seconds = 10.0
+    timeout: Timeout = 10.0
+
+
+class Host(Struct, frozen=True, forbid_unknown_fields=True, rename="kebab", kw_only=True):
+    """[host.NAME]: what the resource is made of on one host."""
+
+    mode: Mode
+    address: Address
+    disk: AbsolutePath
+    overlays: AbsolutePath
+
+
+class Nbd(Struct, frozen=True, forbid_unknown_fields=True, rename="kebab", kw_only=True):
+    """[nbd]: serve the LUN itself over NBD too."""
+
+    listen: Listen
+
+
+class Resource(_Resource, frozen=True, kw_only=True):
+    """A whole resource file; `path` is where it was read.
+
+    name, size (bytes), block_size (bytes), failover, on_local_error, serial,
+    durable (pre-images are on stable storage before the overwrite) and
+    overlay_limit (bytes, None: no limit) come from [resource].
+    """
+
+    path: Path
+    link: Link = field(default_factory=Link)
+    hosts: dict[str, Host]
+    nbd: Nbd | None = None
+
+    def host(self, name: str) -> Host:
+        """This resource's part on host `name`. Raises BAD_CONFIG if it has none there."""
+        if name not in self.hosts:
+            raise refusal(
+                self.path,
+                "host",
+                " and ".join(f"[host.{known}]" for known in sorted(self.hosts)),
+                f"[host.{name}] for this host (or --host NAME if it has another name in the file)",
+            )
+        return self.hosts[name]
+
+    def peer(self, name: str) -> tuple[str, Host]:
+        """The name and the part of the other host than `name`."""
+        self.host(name)
+        return next((other, host) for other, host in self.hosts.items() if other != name)
+
+    def failover_to(self, asked: FailoverTo | None) -> FailoverTo:
+        """What a failover means: what was asked for, or else the file's `failover`.
+
+        Raises BAD_REQUEST with both meanings explained if neither says.
+        """
+        to = asked or self.failover
+        if to is None:
+            raise Error(
+                Kind.BAD_REQUEST,
+                f"{self.name}: a failover to what? Say --to latest or --to checkpoint, "
+                f"or set `failover` in [resource] of {self.path}:\n{FAILOVER_MEANINGS}",
+            )
+        return to
+
+
+def refusal(path: Path | str, key: str, found: str, expected: str) -> Error:
+    """The one sentence of every wrong configuration."""
+    return Error(Kind.BAD_CONFIG, f"{path}: {key}: found {found}; expected {expected}")
+
+
+def directory(option: str | Path | None = None) -> Path:
+    """Where resource files are: the option, or TCMU_REPLICATION_CONFIG, or /etc/tcmu-replication."""
+    return Path(option or os.environ.get("TCMU_REPLICATION_CONFIG") or DIRECTORY)
+
+
+def run_directory(option: str | Path | None = None) -> Path:
+    """Where control sockets are: the option, or TCMU_REPLICATION_RUN, or /run/tcmu-replication."""
+    return Path(option or os.environ.get("TCMU_REPLICATION_RUN") or RUN_DIRECTORY)
+
+
+def this_host(option: str | None = None) -> str:
+    """The name under which this host is looked for in resource files: the option or the node name."""
+    return option or os.environ.get("TCMU_REPLICATION_HOST") or os.uname().nodename
+
+
+def find(name: str, where: Path) -> Resource:
+    """The resource `name` of directory `where`."""
+    if not Name.PATTERN.match(name):
+        raise Error(Kind.BAD_REQUEST, f"{name!r} is not the name of a resource; expected {Name.expected}")
+    return load(where / f"{name}.toml")
+
+
+def load_all(where: Path) -> tuple[dict[str, Resource], dict[str, Error]]:
+    """Every resource of a directory by name, and the error of each file that is wrong, by the file's stem."""
+    resources, errors = {}, {}
+    for path in sorted(where.glob("*.toml")):
+        try:
+            resources[path.stem] = load(path)
+        except Error as error:
+            errors[path.stem] = error
+    return resources, errors
+
+
+def load(path: Path) -> Resource:
+    """Read and check one resource file. Raises BAD_CONFIG."""
+    import tomllib
+
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_FILE_LENGTH + 1)
+    except OSError as error:
+        raise refusal(path, "file", error.strerror or str(error), "a readable resource file") from error
+    if len(data) > MAX_FILE_LENGTH:
+        raise refusal(path, "file", f"more than {units.format_size(MAX_FILE_LENGTH)}", "a resource file")
+    try:
+        document = tomllib.loads(data.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise refusal(path, "file", str(error), "TOML in UTF-8") from error
+    return parse(document, path)
+
+
+def parse(document: dict[str, Any], path: Path) -> Resource:
+    """Check a document as tomllib returns it; `path` is for the messages and for the name."""
+    _refuse_unknown(document, ("resource", "link", "host", "nbd"), "", path)
+    if "resource" not in document:
+        raise refusal(path, "[resource]", "nothing", "a table with at least name and size")
+    resource = _table(_Resource, document["resource"], "resource", path)
+    link = _table(Link, document.get("link", {}), "link", path)
+    nbd = _table(Nbd, document["nbd"], "nbd", path) if "nbd" in document else None
+    hosts = _hosts(document.get("host"), path)
+    _check_whole(resource, link, path)
+    return Resource(**msgspec.structs.asdict(resource), path=path, link=link, hosts=hosts, nbd=nbd)
+
+
+def _hosts(found: Any, path: Path) -> dict[str, Host]:
+    expected = "two tables [host.NAME], one with mode primary and one with mode secondary"
+    if not isinstance(found, dict):
+        raise refusal(path, "host", "nothing" if found is None else _show(found), expected)
+    hosts = {name: _table(Host, table, f"host.{name}", path) for name, table in found.items()}
+    modes = sorted(host.mode for host in hosts.values())
+    if modes != ["primary", "secondary"]:
+        listed = ", ".join(f"{name} ({host.mode})" for name, host in hosts.items()) or "nothing"
+        raise refusal(path, "host", listed, expected)
+    first, second = hosts.items()
+    if first[1].address == second[1].address:
+        raise refusal(
+            path, f"host.{second[0]}.address", f"{second[1].address}, which is {first[0]}'s", "one of its own"
+        )
+    return hosts
+
+
+def _check_whole(resource: _Resource, link: Link, path: Path) -> None:
+    """The rules that tie several keys together."""
+    if resource.name != path.stem:
+        raise refusal(path, "resource.name", repr(str(resource.name)), f"{path.stem!r}, the name of the file")
+    if resource.size % resource.block_size:
+        raise refusal(
+            path,
+            "resource.size",
+            f"{resource.size} bytes",
+            f"a multiple of block-size ({resource.block_size})",
+        )
+    if link.port == link.control_port:
+        raise refusal(path, "link.control-port", f"{link.port}, which is link.port", "a port of its own")
+    if link.reconnect_delay + link.timeout >= SCSI_DEADLINE_S:
+        raise refusal(
+            path,
+            "link.reconnect-delay",
+            f"{link.reconnect_delay:g} s and link.timeout {link.timeout:g} s",
+            f"together less than {SCSI_DEADLINE_S:g} s, so that every command is answered in time",
+        )
+
+
+def _table(kind: type[Struct], found: Any, where: str, path: Path) -> Any:
+    """A struct of one table, checked key by key so that a message can say what is wrong with which."""
+    if not isinstance(found, dict):
+        raise refusal(path, where, _show(found), f"a table [{where}]")
+    fields = msgspec.structs.fields(kind)
+    _refuse_unknown(found, [row.encode_name for row in fields], where + ".", path)
+    values = {}
+    for row in fields:
+        key = row.encode_name
+        if key in found:
+            values[row.name] = _value(row.type, found[key], f"{where}.{key}", path)
+        elif row.required:
+            raise refusal(path, f"{where}.{key}", "nothing", _expected(row.type))
+    return kind(**values)
+
+
+def _value(kind: Any, found: Any, key: str, path: Path) -> Any:
+    try:
+        return msgspec.convert(found, kind, dec_hook=lambda cls, value: cls.parse(value))
+    except (msgspec.ValidationError, ValueError) as error:
+        raise refusal(path, key, _show(found), _expected(kind)) from error
+
+
+def _expected(kind: Any) -> str:
+    """What a key may hold, in words, from its type."""
+    if hasattr(kind, "expected"):
+        return str(kind.expected)
+    if get_origin(kind) is Annotated:
+        return str(kind.__metadata__[0].description)
+    if get_origin(kind) is Literal:
+        return " or ".join(f'"{value}"' if isinstance(value, str) else str(value) for value in get_args(kind))
+    if kind is bool:
+        return "true or false"
+    return " or ".join(_expected(part) for part in get_args(kind) if part is not type(None))
+
+
+def _show(found: Any) -> str:
+    """A value as the file spells it, cut to a line."""
+    if isinstance(found, dict):
+        return "a table"
+    if isinstance(found, bool):
+        return str(found).lower()
+    text = f'"{found}"' if isinstance(found, str) else str(found)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _refuse_unknown(found: dict[str, Any], known: Sequence[str], prefix: str, path: Path) -> None:
+    for key in found:
+        if key in known:
+            continue
+        from difflib import get_close_matches
+
+        near = get_close_matches(key, known, n=1)
+        hint = f'"{near[0]}"' if near else "one of " + ", ".join(known)
+        raise refusal(path, prefix + key, "an unknown key", hint)

@@ -1,0 +1,106 @@
+"""Whether a resource fits its host: disk, overlay directory, ports. Looks, and touches nothing."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+
+from tcmu_replication import units
+from tcmu_replication.daemon.config import Resource, refusal
+
+LEAST_FREE = 1 * units.MiB
+"""Less than this on the overlays' file system is full: not even the first blocks of a new epoch fit."""
+
+
+def check_host(resource: Resource, host: str, others: Iterable[Resource] = ()) -> None:
+    """Raise BAD_CONFIG for the first thing that would keep `resource` from being served on `host`.
+
+    `others` are the resources that must not share a disk, an overlay directory
+    or a port with it; itself among them is skipped.
+    """
+    mine = resource.host(host)
+    prefix = f"host.{host}"
+    _check_disk(resource, mine.disk, f"{prefix}.disk")
+    _check_overlays(resource, mine.overlays, f"{prefix}.overlays")
+    for other in others:
+        if other.name != resource.name and host in other.hosts:
+            _check_apart(resource, other, host)
+
+
+def _check_disk(resource: Resource, disk: str, key: str) -> None:
+    expected = f"a block device or an image of {resource.size} bytes ({units.format_size(resource.size)})"
+    try:
+        mode = os.stat(disk).st_mode
+        if not (stat.S_ISBLK(mode) or stat.S_ISREG(mode)):
+            raise refusal(resource.path, key, f"{disk}, which is neither a block device nor a file", expected)
+        descriptor = os.open(disk, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            length = os.lseek(descriptor, 0, os.SEEK_END)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise refusal(resource.path, key, f"{disk} ({error.strerror})", expected) from error
+    if length != resource.size:
+        raise refusal(
+            resource.path,
+            key,
+            f"{disk} of {length} bytes ({units.format_size(length)})",
+            f"the {resource.size} bytes ({units.format_size(resource.size)}) of resource.size",
+        )
+
+
+def _check_overlays(resource: Resource, directory: str, key: str) -> None:
+    expected = "a directory that exists, is writable and has free space"
+    try:
+        if not stat.S_ISDIR(os.stat(directory).st_mode):
+            raise refusal(resource.path, key, f"{directory}, which is not a directory", expected)
+        room = os.statvfs(directory)
+    except OSError as error:
+        raise refusal(resource.path, key, f"{directory} ({error.strerror})", expected) from error
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise refusal(resource.path, key, f"{directory}, which is not writable", expected)
+    free = room.f_bavail * room.f_frsize
+    if free < LEAST_FREE:
+        raise refusal(
+            resource.path,
+            key,
+            f"{directory} on a file system with {units.format_size(free)} left",
+            f"at least {units.format_size(LEAST_FREE)} of free space",
+        )
+
+
+def _check_apart(resource: Resource, other: Resource, host: str) -> None:
+    mine, theirs = resource.host(host), other.host(host)
+    for key in ("disk", "overlays"):
+        path, used = getattr(mine, key), getattr(theirs, key)
+        if _identity(path) == _identity(used):
+            raise refusal(
+                resource.path,
+                f"host.{host}.{key}",
+                f"{path}, which {other.path} uses too" + ("" if path == used else f" (as {used})"),
+                "one of its own",
+            )
+    if mine.address != theirs.address:
+        return
+    taken = {other.link.port: "port", other.link.control_port: "control-port"}
+    for key, port in (("port", resource.link.port), ("control-port", resource.link.control_port)):
+        if port in taken:
+            raise refusal(
+                resource.path,
+                f"link.{key}",
+                f"{port}, which is link.{taken[port]} of {other.path} on the same address",
+                "a port of its own",
+            )
+
+
+def _identity(path: str) -> object:
+    """What makes two paths the same storage: the device behind a device node, else the inode."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return Path(os.path.realpath(path))
+    if stat.S_ISBLK(found.st_mode):
+        return ("device", found.st_rdev)
+    return ("inode", found.st_dev, found.st_ino)
