@@ -23,15 +23,18 @@ class Op(enum.Enum):
 
 
 class Task(NamedTuple):
-    """Work on the disk.
+    """Work on the disk. `length` is never zero, but for FLUSH and UNMAP, which have no range of their own.
 
-    READ fills the Data-In buffers, WRITE takes the Data-Out buffers; both are
-    `length` bytes long in total. UNMAP discards `ranges` (offset, length).
-    WRITE_SAME repeats `pattern` (one block) over the range, or, with `unmap`,
-    discards it if that reads as zeroes. VERIFY compares the range with the
-    Data-Out buffers if `compare` is set and else only reads it. For
-    COMPARE_AND_WRITE `length` is the disk's range; Data-Out holds twice that,
-    what to compare and then what to write. FLUSH has no range.
+    READ fills the first `length` bytes of the Data-In area (which is at least
+    that long; with `fua`, what is read is on stable storage first). WRITE
+    takes the first `length` bytes of the Data-Out area, which may be longer.
+    UNMAP discards `ranges` (offset, length). WRITE_SAME repeats `pattern`
+    (one block) over the range; an empty pattern means zeroes, and then space
+    may be given back if `unmap` is set. VERIFY with `compare` compares the
+    range with `pattern`, block by block, or with the Data-Out area if the
+    pattern is empty; without it the range is only read. For
+    COMPARE_AND_WRITE `length` is the disk's range; Data-Out holds exactly
+    twice that, what to compare and then what to write. FLUSH is of everything.
     """
 
     op: Op
