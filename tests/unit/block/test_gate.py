@@ -1,0 +1,211 @@
+"""The door: what it refuses, what it counts, and the hold of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tcmu_replication.block.gate import Gate
+from tcmu_replication.block.memory import Memory
+from tcmu_replication.block.node import Buffers, Node
+from tcmu_replication.block.pending import Pending
+from tcmu_replication.errors import Error, Kind
+
+LENGTH = 8192
+
+
+class Slow(Node):
+    """Answers every write and flush when the test says so."""
+
+    def __init__(self) -> None:
+        super().__init__("slow", LENGTH)
+        self.calls: list[tuple[Any, ...]] = []
+        self.answers: list[Pending] = []
+        self.unplugged = 0
+
+    def write(self, offset: int, buffers: Buffers, fua: bool = False) -> Pending:
+        return self._later("write", offset, bytes(buffers[0]), fua)
+
+    def flush(self) -> Pending:
+        return self._later("flush")
+
+    def unplug(self) -> None:
+        self.unplugged += 1
+
+    def _later(self, *call: Any) -> Pending:
+        self.calls.append(call)
+        self.answers.append(Pending())
+        return self.answers[-1]
+
+
+def data(text: bytes) -> list[memoryview]:
+    return [memoryview(text)]
+
+
+OUTSIDE = [(-1, 1), (LENGTH, 1), (LENGTH - 1, 2), (1 << 70, 1), (0, LENGTH + 1)]
+CALLS: dict[str, Callable[[Gate, int, int], Any]] = {
+    "read": lambda gate, offset, length: gate.read(offset, [memoryview(bytearray(length))]),
+    "fetch": lambda gate, offset, length: gate.fetch(offset, length),
+    "write": lambda gate, offset, length: gate.write(offset, [memoryview(bytes(length))]),
+    "zero": lambda gate, offset, length: gate.zero(offset, length),
+    "discard": lambda gate, offset, length: gate.discard(offset, length),
+    "extents": lambda gate, offset, length: gate.extents(offset, length),
+}
+
+
+@pytest.mark.parametrize(("offset", "length"), OUTSIDE)
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_gate_refuses_what_is_outside_and_counts_nothing(
+    call: Callable[[Gate, int, int], Any], offset: int, length: int
+) -> None:
+    gate = Gate(Memory(LENGTH))
+    with pytest.raises(Error) as caught:
+        call(gate, offset, length)
+    assert caught.value.kind is Kind.OUT_OF_RANGE
+    assert (gate.reads, gate.writes, gate.bytes_read, gate.bytes_written) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("call", [CALLS["zero"], CALLS["discard"], CALLS["extents"], CALLS["fetch"]])
+def test_gate_refuses_negative_lengths(call: Callable[[Gate, int, int], Any]) -> None:
+    with pytest.raises(Error) as caught:
+        call(Gate(Memory(LENGTH)), 10, -1)
+    assert caught.value.kind is Kind.OUT_OF_RANGE
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("offset", [0, 100, LENGTH])
+def test_gate_nothing_of_nothing_is_done_at_once(call: Callable[[Gate, int, int], Any], offset: int) -> None:
+    gate = Gate(Slow())
+    gate.hold()
+    assert call(gate, offset, 0) in (None, [], b"")
+
+
+@pytest.mark.parametrize("call", [CALLS["write"], CALLS["zero"], CALLS["discard"]])
+def test_gate_read_only(call: Callable[[Gate, int, int], Any]) -> None:
+    gate = Gate(Memory(LENGTH, read_only=True))
+    with pytest.raises(Error) as caught:
+        call(gate, 0, 1)
+    assert caught.value.kind is Kind.READ_ONLY
+    assert gate.read(0, [memoryview(bytearray(1))]) is None
+
+
+def test_gate_counts_what_passes() -> None:
+    gate = Gate(Memory(LENGTH))
+    gate.write(LENGTH - 3, data(b"ab"))
+    gate.zero(0, 100)
+    gate.read(LENGTH - 3, [memoryview(bytearray(1)), memoryview(bytearray(2))])
+    assert (gate.reads, gate.writes, gate.bytes_read, gate.bytes_written) == (1, 2, 3, 102)
+    assert gate.in_flight == 0
+    assert gate.drained() is None
+
+
+def test_gate_drained_when_the_last_in_flight_has_ended() -> None:
+    slow = Slow()
+    gate = Gate(slow)
+    gate.write(0, data(b"a"))
+    gate.flush()
+    gate.hold()
+    assert slow.unplugged == 1, "what was gathered must start, or it never drains"
+    drained = gate.drained()
+    assert drained is not None
+    assert gate.drained() is drained
+    slow.answers[1].complete()
+    assert not drained.done
+    slow.answers[0].complete(Error(Kind.IO))
+    assert drained.done
+    assert drained.error is None
+    assert gate.drained() is None
+
+
+def test_gate_held_requests_run_in_order_at_release() -> None:
+    slow = Slow()
+    gate = Gate(slow)
+    gate.hold()
+    waited = [gate.write(0, data(b"a")), gate.flush(), gate.write(1, data(b"b"), True)]
+    assert slow.calls == []
+    assert gate.held
+    assert gate.waiting == 3
+    gate.release()
+    assert slow.calls == [("write", 0, b"a", False), ("flush",), ("write", 1, b"b", True)]
+    assert not gate.held
+    assert gate.in_flight == 3
+    slow.answers[2].complete(Error(Kind.NO_SPACE))
+    slow.answers[0].complete()
+    assert [pending is not None and pending.done for pending in waited] == [True, False, True]
+    assert waited[2] is not None
+    assert waited[2].error is not None
+    assert waited[2].error.kind is Kind.NO_SPACE
+
+
+def test_gate_held_requests_that_end_at_once() -> None:
+    gate = Gate(Memory(LENGTH))
+    gate.hold()
+    into = bytearray(2)
+    calls = [
+        gate.write(0, data(b"ab")),
+        gate.zero(1, 1),
+        gate.discard(4096, 1),
+        gate.read(0, [memoryview(into)]),
+    ]
+    assert into == b"\0\0"
+    gate.release()
+    assert all(pending is not None and pending.done and pending.error is None for pending in calls)
+    assert into == b"a\0"
+
+
+def test_gate_request_made_during_release_comes_after_those_that_waited() -> None:
+    gate = Gate(memory := Memory(LENGTH))
+    gate.hold()
+    first = gate.write(0, data(b"1"))
+    assert first is not None
+    first.then(lambda _: gate.write(0, data(b"3")) and None)
+    gate.write(0, data(b"2"))
+    gate.release()
+    assert memory.data[:1] == b"3"
+    assert not gate.held
+
+
+def test_gate_held_again_during_release_keeps_the_rest_waiting() -> None:
+    gate = Gate(memory := Memory(LENGTH))
+    gate.hold()
+    first = gate.write(0, data(b"1"))
+    gate.write(0, data(b"2"))
+    assert first is not None
+    first.then(lambda _: gate.hold())
+    gate.release()
+    assert gate.held
+    assert gate.waiting == 1
+    assert memory.data[:1] == b"1"
+    gate.release()
+    assert memory.data[:1] == b"2"
+
+
+def test_gate_bad_requests_are_refused_at_once_even_while_held() -> None:
+    gate = Gate(Memory(LENGTH))
+    gate.hold()
+    with pytest.raises(Error):
+        gate.write(LENGTH, data(b"x"))
+
+
+def test_gate_swaps_what_lies_below_only_when_quiet() -> None:
+    slow = Slow()
+    gate = Gate(slow)
+    other = Memory(LENGTH, read_only=True)
+    with pytest.raises(Error) as caught:
+        gate.swap(other)
+    assert caught.value.kind is Kind.INVALID_STATE
+    gate.write(0, data(b"a"))
+    gate.hold()
+    with pytest.raises(Error) as caught:
+        gate.swap(other)
+    assert caught.value.kind is Kind.INVALID_STATE
+    slow.answers[0].complete()
+    with pytest.raises(Error) as caught:
+        gate.swap(Memory(LENGTH - 1))
+    assert caught.value.kind is Kind.BAD_CONFIG
+    assert gate.swap(other) is slow
+    gate.release()
+    assert gate.read_only
+    assert gate.child is other
