@@ -1,0 +1,309 @@
+"""The mirror: every write goes to the local disk and to the replication filter.
+
+It stands where QEMU puts a quorum with threshold 1 and fifo reads, with one
+difference that docs/replication.md explains: the local disk counts. Its failure
+is the caller's error, whatever the peer answered, unless the resource says
+`on-local-error = "detach"`: then the first failure takes the local disk out of
+the mirror for good, and the peer serves from there on.
+
+Writes that overlap one in flight wait for it. So both disks get them in the
+same order, also when the remote node has to send some of them again.
+
+The peer's failures never reach the caller: the filter below swallows and
+records them. What else goes wrong is counted in `errors`, per child, and
+reported through `report`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+from tcmu_replication.block.node import Buffers, Extent, Node
+from tcmu_replication.block.pending import Pending, attempt, gather
+from tcmu_replication.errors import Error
+
+_REGION_SHIFT = 20
+"""In-flight writes are filed by the mebibytes they touch: a small write looks at one short list."""
+
+
+class Failure(NamedTuple):
+    """A child's failed request, as QEMU's QUORUM_REPORT_BAD has it."""
+
+    child: str
+    operation: str
+    offset: int
+    length: int
+    error: Error
+
+
+class _Flight(NamedTuple):
+    start: int
+    end: int
+    pending: Pending
+
+
+class Mirror(Node):
+    """Writes to `disk` and, while it is attached, to `replica`; reads from `disk`.
+
+    `report` is called with each child's failure. `may_detach` is asked when the
+    local disk fails: is it the policy to go on with `peer` (the node that reads
+    the secondary's disk), and has the peer all that was written?
+    """
+
+    def __init__(
+        self,
+        name: str,
+        disk: Node,
+        *,
+        report: Callable[[Failure], None],
+        may_detach: Callable[[], bool] = lambda: False,
+        peer: Node | None = None,
+    ) -> None:
+        super().__init__(name, disk.length)
+        self.disk: Node | None = disk
+        self.replica: Node | None = None
+        self.errors: dict[str, int] = {}
+        self._first: Node = disk
+        self._report_to = report
+        self._may_detach = may_detach
+        self._peer = peer
+        self._flying: dict[int, list[_Flight]] = {}
+
+    @property
+    def children(self) -> tuple[Node, ...]:
+        return tuple(child for child in (self.disk, self.replica) if child is not None)
+
+    def attach(self, replica: Node) -> None:
+        """Begin to write to `replica` too. Nothing may be in flight."""
+        assert replica.length == self.length, "the engine compared the lengths"
+        self.replica = replica
+
+    def remove(self) -> None:
+        """Stop writing to the replica. Nothing may be in flight."""
+        self.replica = None
+
+    @property
+    def detached(self) -> bool:
+        """True when the local disk has failed and the peer serves."""
+        return self.disk is None
+
+    def read(self, offset: int, buffers: Buffers) -> Pending | None:
+        error, pending = attempt(self._first.read, offset, buffers)
+        if error is None and pending is None:
+            return None
+        if self.disk is None:
+            if error is not None:
+                raise error
+            return pending
+        return self._after_read(offset, buffers, error, pending)
+
+    def _after_read(
+        self, offset: int, buffers: Buffers, error: Error | None, pending: Pending | None
+    ) -> Pending | None:
+        """Report a local read error, and let the peer answer if it may."""
+        if pending is not None:
+            whole = Pending()
+
+            def ended(local: Pending) -> None:
+                if local.error is None:
+                    whole.complete()
+                    return
+                late, again = attempt(self._after_read, offset, buffers, local.error, None)
+                if again is None:
+                    whole.complete(late)
+                else:
+                    again.then(lambda p: whole.complete(p.error))
+                    self.unplug()
+
+            pending.then(ended)
+            return whole
+        assert error is not None
+        self._failed(self.disk, "read", offset, sum(map(len, buffers)), error)
+        if not self._drop_disk():
+            raise error
+        return self._first.read(offset, buffers)
+
+    def write(self, offset: int, buffers: Buffers, fua: bool = False) -> Pending | None:
+        if self.replica is None:
+            return self._write_disk("write", offset, sum(map(len, buffers)), (buffers, fua))
+        return self._write_both("write", offset, sum(map(len, buffers)), (buffers, fua))
+
+    def zero(self, offset: int, length: int, fua: bool = False, unmap: bool = True) -> Pending | None:
+        if self.replica is None:
+            return self._write_disk("zero", offset, length, (length, fua, unmap))
+        return self._write_both("zero", offset, length, (length, fua, unmap))
+
+    def discard(self, offset: int, length: int) -> Pending | None:
+        if self.replica is None:
+            return self._write_disk("discard", offset, length, (length,))
+        return self._write_both("discard", offset, length, (length,))
+
+    def flush(self) -> Pending | None:
+        pendings = []
+        for child in self.children:
+            error, pending = attempt(child.flush)
+            pendings.append(self._watched(child, "flush", 0, 0, error, pending))
+        return gather(pendings)
+
+    def extents(self, offset: int, length: int) -> list[Extent]:
+        return self._first.extents(offset, length)
+
+    def fetch(self, offset: int, length: int) -> memoryview:
+        return self._first.fetch(offset, length)
+
+    def unplug(self) -> None:
+        if self.replica is not None:
+            self.replica.unplug()
+        elif self.disk is None:
+            self._first.unplug()
+
+    # --- writes
+
+    def _write_disk(self, operation: str, offset: int, length: int, args: tuple) -> Pending | None:
+        """Without a replica: the disk alone, its failures reported."""
+        error, pending = attempt(getattr(self._first, operation), offset, *args)
+        if error is None and pending is None:
+            return None
+        return self._watched(self._first, operation, offset, length, error, pending)
+
+    def _write_both(self, operation: str, offset: int, length: int, args: tuple) -> Pending | None:
+        if length == 0:
+            return None
+        end = offset + length
+        regions = range(offset >> _REGION_SHIFT, ((end - 1) >> _REGION_SHIFT) + 1)
+        flying = self._flying
+        earlier = [
+            flight.pending
+            for region in regions
+            for flight in flying.get(region, ())
+            if flight.start < end and offset < flight.end
+        ]
+        if earlier:
+            whole = Pending()
+            self._file(regions, _Flight(offset, end, whole))
+            wait = gather(_quiet(p) for p in set(earlier))
+            again = partial(self._start_late, whole, operation, offset, length, args)
+            if wait is None:
+                again(None)
+            else:
+                wait.then(again)
+            return whole
+        pending = self._start(operation, offset, length, args)
+        if pending is not None and not pending.done:
+            self._file(regions, _Flight(offset, end, pending))
+        return pending
+
+    def _start_late(
+        self, whole: Pending, operation: str, offset: int, length: int, args: tuple, _: Pending | None
+    ) -> None:
+        """An overlapping write's turn has come."""
+        error, pending = attempt(self._start, operation, offset, length, args)
+        if pending is None:
+            whole.complete(error)
+        else:
+            pending.then(lambda p: whole.complete(p.error))
+            self.unplug()
+
+    def _file(self, regions: range, flight: _Flight) -> None:
+        """Remember a write in flight, until it has ended."""
+        for region in regions:
+            self._flying.setdefault(region, []).append(flight)
+
+        def ended(_: Pending) -> None:
+            for region in regions:
+                flights = self._flying[region]
+                flights.remove(flight)
+                if not flights:
+                    del self._flying[region]
+
+        flight.pending.then(ended)
+
+    def _start(self, operation: str, offset: int, length: int, args: tuple) -> Pending | None:
+        """Both writes at once; ends when both have ended, with the local disk's error."""
+        replica = self.replica
+        local = None
+        if self.disk is not None:
+            error, local = attempt(getattr(self.disk, operation), offset, *args)
+            if error is not None or local is not None:
+                local = self._watched(self.disk, operation, offset, length, error, local, raising=False)
+        remote = None
+        if replica is not None:
+            error, remote = attempt(getattr(replica, operation), offset, *args)
+            if error is not None or remote is not None:
+                remote = self._watched(replica, operation, offset, length, error, remote, raising=False)
+        if local is None:
+            return remote
+        return gather((local, remote))
+
+    # --- failures
+
+    def _watched(
+        self,
+        child: Node,
+        operation: str,
+        offset: int,
+        length: int,
+        error: Error | None,
+        pending: Pending | None,
+        raising: bool = True,
+    ) -> Pending | None:
+        """A child's outcome with its failure counted, and forgiven where that is the policy.
+
+        A failure that counts is raised, or with `raising` false returned as an ended Pending.
+        """
+        if pending is not None:
+            whole = Pending()
+
+            def ended(p: Pending) -> None:
+                late = None if p.error is None else self._judge(child, operation, offset, length, p.error)
+                whole.complete(late)
+
+            pending.then(ended)
+            return whole
+        if error is None:
+            return None
+        verdict = self._judge(child, operation, offset, length, error)
+        if verdict is None:
+            return None
+        if raising:
+            raise verdict
+        failed = Pending()
+        failed.complete(verdict)
+        return failed
+
+    def _judge(self, child: Node, operation: str, offset: int, length: int, error: Error) -> Error | None:
+        """Report a child's failure; returns it if it is the caller's too."""
+        self._failed(child, operation, offset, length, error)
+        if child is self._peer:
+            return error
+        if child is self.replica:
+            # The filter swallows what it forwards; what it raises means "not replicating",
+            # and the local disk alone decides, as long as there is one.
+            return None if self.disk is not None else error
+        return None if self._drop_disk() else error
+
+    def _failed(self, child: Node | None, operation: str, offset: int, length: int, error: Error) -> None:
+        name = "?" if child is None else child.name
+        self.errors[name] = self.errors.get(name, 0) + 1
+        self._report_to(Failure(name, operation, offset, length, error))
+
+    def _drop_disk(self) -> bool:
+        """Go on without the local disk, if that is the policy and the peer can serve."""
+        if self.disk is None:
+            return True
+        if self.replica is None or self._peer is None or not self._may_detach():
+            return False
+        self.disk = None
+        self._first = self._peer
+        return True
+
+
+def _quiet(pending: Pending) -> Pending:
+    """The same end without the error: a waiter that only wants its turn."""
+    if pending.done and pending.error is None:
+        return pending
+    turn = Pending()
+    pending.then(lambda _: turn.complete())
+    return turn
