@@ -1,0 +1,362 @@
+"""The control server over real sockets, with both of our clients."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tcmu_replication.control import framing, lock, schema
+from tcmu_replication.control import server as server_module
+from tcmu_replication.control.client import Client
+from tcmu_replication.control.connection import Connection
+from tcmu_replication.control.server import Server
+from tcmu_replication.control.session import Session
+from tcmu_replication.errors import Error, Kind
+from tests.unit.control.documents import status
+
+
+class Worker:
+    """Canned bodies; what was called is in `calls`."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+        self.hold = asyncio.Event()
+        self.holding = asyncio.Event()
+        self.server = Server(
+            {
+                "query-status": self.query_status,
+                "start": self.start,
+                "checkpoint": self.checkpoint,
+                "stop": self.stop,
+                "query-errors": self.broken,
+                "peer-checkpoint": self.start,
+            }
+        )
+
+    async def query_status(self, arguments: Any, session: Session) -> schema.Status:
+        return status()
+
+    async def start(self, arguments: Any, session: Session) -> None:
+        self.calls.append(arguments)
+
+    async def checkpoint(self, arguments: Any, session: Session) -> None:
+        self.holding.set()
+        await self.hold.wait()
+
+    async def stop(self, arguments: Any, session: Session) -> None:
+        raise Error(Kind.INVALID_STATE, "Block replication is not running")
+
+    async def broken(self, arguments: Any, session: Session) -> object:
+        return {"error": "this is not what the table says"}
+
+
+def with_worker(tmp_path: Path, body: Callable[[Worker, Path], Awaitable[None]]) -> None:
+    async def main() -> None:
+        worker, path = Worker(), tmp_path / "run" / "disk0.sock"
+        await worker.server.listen_unix(path)
+        try:
+            await body(worker, path)
+        finally:
+            await worker.server.close()
+        assert not path.exists()
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
+async def raw(path: Path) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A connection whose greeting has been read."""
+    reader, writer = await asyncio.open_unix_connection(str(path))
+    assert b'"QMP"' in await reader.readline()
+    return reader, writer
+
+
+def test_socket_is_for_root_only(tmp_path: Path) -> None:
+    async def body(worker: Worker, path: Path) -> None:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert stat.S_IMODE(path.parent.stat().st_mode) == 0o755
+
+    with_worker(tmp_path, body)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else")
+def test_somebody_else_is_cut_off_even_with_an_open_socket(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def body(worker: Worker, path: Path) -> None:
+        path.chmod(0o666)
+        program = (
+            "import os, socket, sys; s = socket.socket(socket.AF_UNIX); os.setuid(65534); "
+            "s.connect(sys.argv[1]); print(s.recv(99))"
+        )
+        for parent in (path.parent, tmp_path, tmp_path.parent):
+            parent.chmod(0o755)
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", program, path.name, cwd=path.parent, stdout=subprocess.PIPE
+        )
+        out, _ = await process.communicate()
+        assert out.strip() == b"b''"
+        assert "of user 65534; only root may" in caplog.text
+
+    with_worker(tmp_path, body)
+
+
+def test_blocking_client_runs_commands_and_gets_errors_back(tmp_path: Path) -> None:
+    async def body(worker: Worker, path: Path) -> None:
+        def client() -> None:
+            with Client.unix(path) as control:
+                assert control.execute("query-status")["epoch"] == 7
+                assert control.execute("start", {"assume-clean": True}) == {}
+                with pytest.raises(Error, match="not running") as caught:
+                    control.execute("stop")
+                assert caught.value.kind is Kind.INVALID_STATE
+                assert control.execute("query-status")["epoch"] == 7
+
+        await asyncio.to_thread(client)
+        assert worker.calls == [schema.Start(assume_clean=True)]
+
+    with_worker(tmp_path, body)
+
+
+def test_result_that_breaks_the_schema_is_an_error_and_a_trace(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def body(worker: Worker, path: Path) -> None:
+        control = await Connection.unix(path, timeout=5)
+        with pytest.raises(Error, match="Internal error in 'query-errors'"):
+            await control.execute("query-errors")
+        assert (await control.execute("query-status"))["resource"] == "disk0"
+        control.close()
+
+    with_worker(tmp_path, body)
+    assert "ValidationError" in caplog.text
+
+
+def test_a_command_under_way_does_not_hold_up_other_connections(tmp_path: Path) -> None:
+    async def body(worker: Worker, path: Path) -> None:
+        slow = await Connection.unix(path, timeout=5)
+        quick = await Connection.unix(path, timeout=5)
+        waiting = asyncio.create_task(slow.execute("checkpoint"))
+        await worker.holding.wait()
+        assert (await quick.execute("query-status"))["epoch"] == 7
+        worker.hold.set()
+        assert await waiting == {}
+        slow.close()
+        quick.close()
+
+    with_worker(tmp_path, body)
+
+
+def test_client_that_goes_during_a_command_harms_nobody(tmp_path: Path) -> None:
+    async def body(worker: Worker, path: Path) -> None:
+        gone = await Connection.unix(path, timeout=5)
+        waiting = asyncio.create_task(gone.execute("checkpoint"))
+        await worker.holding.wait()
+        gone.close()
+        with pytest.raises(Error) as caught:
+            await waiting
+        assert caught.value.kind is Kind.PEER_LOST
+        worker.hold.set()
+        other = await Connection.unix(path, timeout=5)
+        assert (await other.execute("query-status"))["epoch"] == 7
+        other.close()
+
+    with_worker(tmp_path, body)
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [b"hello\n", b"[]\n", b"\xff\xfe\n", b'{"' + b"x" * framing.MAX_LENGTH, b'{"a":' * 65],
+    ids=["text", "array", "not-utf-8", "endless", "deep"],
+)
+def test_garbage_ends_its_connection_with_a_log_line_and_nothing_else(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, garbage: bytes
+) -> None:
+    async def body(worker: Worker, path: Path) -> None:
+        other = await Connection.unix(path, timeout=5)
+        reader, writer = await raw(path)
+        writer.write(garbage)
+        with contextlib.suppress(ConnectionResetError):  # if it closed with our bytes unread
+            assert await reader.read() == b""
+        writer.close()
+        assert (await other.execute("query-status"))["epoch"] == 7
+        other.close()
+
+    with_worker(tmp_path, body)
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert "ended the connection of process" in caplog.text
+
+
+def test_silent_client_is_closed_after_the_time_for_negotiation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(server_module, "NEGOTIATION_S", 0.01)
+
+    async def body(worker: Worker, path: Path) -> None:
+        reader, writer = await raw(path)
+        assert await reader.read() == b""
+        writer.close()
+
+    with_worker(tmp_path, body)
+    assert "no negotiation" in caplog.text
+
+
+def test_events_reach_who_has_negotiated(tmp_path: Path) -> None:
+    async def body(worker: Worker, path: Path) -> None:
+        early_reader, early = await raw(path)
+        reader, writer = await raw(path)
+        writer.write(b'{"execute":"qmp_capabilities"}\n')
+        await reader.readline()
+        worker.server.emit("REPLICATION_STAGE", schema.StageChanged(stage="running", epoch=1))
+        message = json.loads(await reader.readline())
+        assert (message["event"], message["data"]["stage"]) == ("REPLICATION_STAGE", "running")
+        early.write(b'{"execute":"qmp_capabilities","id":1}\n')
+        assert json.loads(await early_reader.readline()) == {"return": {}, "id": 1}
+        early.close()
+        writer.close()
+
+    with_worker(tmp_path, body)
+
+
+def test_client_that_does_not_read_its_events_is_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(server_module, "MAX_UNSENT", 1000)
+
+    async def body(worker: Worker, path: Path) -> None:
+        reader, writer = await raw(path)
+        writer.write(b'{"execute":"qmp_capabilities"}\n')
+        await reader.readline()
+        for _ in range(100_000):
+            worker.server.emit("REPLICATION_ERROR", schema.ErrorRecorded(error="x" * 1000))
+            if caplog.records:
+                break
+        writer.close()
+
+    with_worker(tmp_path, body)
+    assert "it does not read" in caplog.text
+
+
+def test_socket_of_a_dead_process_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "disk0.sock"
+    path.parent.mkdir()
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+
+    async def body(worker: Worker, path: Path) -> None:
+        (await Connection.unix(path, timeout=5)).close()
+
+    with_worker(tmp_path, body)
+
+
+def test_second_server_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
+    async def body(worker: Worker, path: Path) -> None:
+        with pytest.raises(Error, match=f"disk0 is already served by process {os.getpid()}") as caught:
+            await Server({}).listen_unix(path)
+        assert caught.value.kind is Kind.CONFLICT
+        (await Connection.unix(path, timeout=5)).close()
+
+    with_worker(tmp_path, body)
+
+
+def test_lock_ends_with_its_process_even_when_killed(tmp_path: Path) -> None:
+    path = tmp_path / "disk0.sock"
+    program = (
+        "import sys, pathlib; from tcmu_replication.control import lock; "
+        "lock.hold(pathlib.Path(sys.argv[1])); print(flush=True); input()"
+    )
+    assert lock.holder(path) is None
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert lock.holder(path) == process.pid
+        process.kill()
+    assert lock.holder(path) is None
+    os.close(lock.hold(path))
+
+
+def test_clients_of_nobody(tmp_path: Path) -> None:
+    with pytest.raises(Error, match="nobody serves at") as caught:
+        Client.unix(tmp_path / "disk0.sock")
+    assert caught.value.kind is Kind.NOT_FOUND
+    with pytest.raises(Error) as caught:
+        asyncio.run(Connection.unix(tmp_path / "disk0.sock", timeout=5))
+    assert caught.value.kind is Kind.PEER_LOST
+
+
+def test_peer_port_takes_peer_commands_of_the_peers_address_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def body(worker: Worker, path: Path) -> None:
+        await worker.server.listen_tcp("127.0.0.1", 0, peer="127.0.0.2")
+        port = worker.server.tcp_port
+        peer = await Connection.tcp("127.0.0.1", port, local="127.0.0.2", timeout=5)
+        assert await peer.execute("peer-checkpoint", {"epoch": 3}) == {}
+        with pytest.raises(Error, match="has not been found"):
+            await peer.execute("start")
+        with pytest.raises(Error) as caught:
+            await Connection.tcp("127.0.0.1", port, local="127.0.0.3", timeout=5)
+        assert caught.value.kind is Kind.PEER_LOST
+        worker.server.emit("REPLICATION_ERROR", schema.ErrorRecorded(error="for operators only"))
+        assert await peer.execute("peer-checkpoint", {"epoch": 4}) == {}
+        peer.close()
+        assert worker.calls == [schema.PeerCheckpoint(epoch=3), schema.PeerCheckpoint(epoch=4)]
+
+    with_worker(tmp_path, body)
+    assert "refused a connection from 127.0.0.3; the peer is 127.0.0.2" in caplog.text
+
+
+def test_peer_learns_that_the_connection_ended(tmp_path: Path) -> None:
+    async def body(worker: Worker, path: Path) -> None:
+        await worker.server.listen_tcp("127.0.0.1", 0, peer="127.0.0.1")
+        peer = await Connection.tcp("127.0.0.1", worker.server.tcp_port, local=None, timeout=5)
+        await worker.server.close()
+        assert await peer.lost
+        with pytest.raises(Error) as caught:
+            await peer.execute("peer-checkpoint", {"epoch": 3})
+        assert caught.value.kind is Kind.PEER_LOST
+
+    with_worker(tmp_path, body)
+
+
+def test_connection_gives_up_on_a_server_that_says_nothing(tmp_path: Path) -> None:
+    async def main() -> None:
+        async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.read()
+            writer.close()
+
+        path = tmp_path / "silent.sock"
+        async with await asyncio.start_unix_server(silent, str(path)):
+            with pytest.raises(Error) as caught:
+                await Connection.unix(path, timeout=0.01)
+            assert caught.value.kind is Kind.TIMED_OUT
+
+    asyncio.run(main())
+
+
+def test_connection_ends_at_a_server_that_talks_nonsense(tmp_path: Path) -> None:
+    async def main() -> None:
+        async def nonsense(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(b"HTTP/1.1 400 Bad Request\r\n")
+            await reader.read()
+            writer.close()
+
+        path = tmp_path / "nonsense.sock"
+        async with await asyncio.start_unix_server(nonsense, str(path)):
+            with pytest.raises(Error, match="broke the protocol"):
+                await Connection.unix(path, timeout=5)
+
+    asyncio.run(main())

@@ -1,0 +1,106 @@
+"""Negotiation, dispatch and privilege, line by line."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tcmu_replication.control.schema import COMMANDS, Privilege, Start
+from tcmu_replication.control.session import Call, Session
+from tcmu_replication.errors import Error, Kind
+
+NEGOTIATE = {"execute": "qmp_capabilities"}
+
+
+def make(privilege: Privilege = Privilege.OPERATOR, *, negotiated: bool = True) -> Session:
+    session = Session(COMMANDS, COMMANDS, privilege, "test")
+    if negotiated:
+        reply(session, NEGOTIATE)
+    return session
+
+
+def reply(session: Session, message: Any) -> dict[str, Any]:
+    """What the session answers at once."""
+    answer = session.receive(json.dumps(message).encode())
+    assert isinstance(answer, bytes)
+    return json.loads(answer)
+
+
+def test_nothing_before_negotiation() -> None:
+    session = make(negotiated=False)
+    answer = reply(session, {"execute": "query-status", "id": 1})
+    assert answer["error"]["class"] == "CommandNotFound"
+    assert answer["error"]["desc"].startswith("Expecting capabilities negotiation")
+    assert answer["id"] == 1
+    assert reply(session, NEGOTIATE) == {"return": {}}
+    assert isinstance(session.receive(b'{"execute":"query-status"}'), Call)
+
+
+@pytest.mark.parametrize("arguments", [{"enable": ["oob"]}, {"enable": 1}, {"x": []}])
+def test_capability_that_is_not_offered(arguments: dict[str, Any]) -> None:
+    session = make(negotiated=False)
+    assert "not available" in reply(session, NEGOTIATE | {"arguments": arguments})["error"]["desc"]
+    assert not session.negotiated
+
+
+def test_negotiation_with_an_empty_list_as_libraries_send_it() -> None:
+    assert reply(make(negotiated=False), NEGOTIATE | {"arguments": {"enable": []}}) == {"return": {}}
+
+
+def test_second_negotiation_is_refused() -> None:
+    assert reply(make(), NEGOTIATE)["error"]["class"] == "CommandNotFound"
+
+
+def test_unknown_command() -> None:
+    error = reply(make(), {"execute": "cont"})["error"]
+    assert (error["class"], error["desc"]) == ("CommandNotFound", "The command cont has not been found")
+
+
+def test_command_without_a_handler_is_unknown() -> None:
+    session = Session(COMMANDS, {"start"}, Privilege.OPERATOR, "test")
+    reply(session, NEGOTIATE)
+    assert reply(session, {"execute": "stop"})["error"]["class"] == "CommandNotFound"
+    assert isinstance(session.receive(b'{"execute":"start"}'), Call)
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_peer_gets_peer_commands_only(name: str) -> None:
+    row = COMMANDS[name]
+    arguments = {"peer-hello": {"resource": "disk0", "protocol": 1}, "peer-checkpoint": {"epoch": 1}}
+    line = json.dumps({"execute": name, "arguments": arguments.get(name, {})}).encode()
+    answer = make(Privilege.PEER).receive(line)
+    if row.privilege is Privilege.PEER:
+        assert isinstance(answer, Call)
+    else:
+        assert isinstance(answer, bytes)
+        assert json.loads(answer)["error"]["class"] == "CommandNotFound"
+
+
+def test_call_carries_the_checked_arguments() -> None:
+    call = make().receive(b'{"execute":"start","arguments":{"assume-clean":true},"id":"a"}')
+    assert isinstance(call, Call)
+    assert call.arguments == Start(assume_clean=True)
+    assert json.loads(make().succeed(call, None)) == {"return": {}, "id": "a"}
+    failed = json.loads(make().fail(call, Error(Kind.INVALID_STATE, "Block replication is running or done")))
+    assert failed["error"]["data"] == {"kind": "invalid-state"}
+    assert failed["error"]["class"] == "GenericError"
+
+
+def test_invalid_arguments_are_answered_and_the_session_goes_on() -> None:
+    session = make()
+    answer = reply(session, {"execute": "failover", "arguments": {"to": "x"}})
+    assert answer["error"]["data"]["kind"] == "bad-request"
+    assert isinstance(session.receive(b'{"execute":"stop"}'), Call)
+
+
+def test_query_commands_lists_what_can_be_called() -> None:
+    names = {row["name"] for row in reply(make(Privilege.PEER), {"execute": "query-commands"})["return"]}
+    assert names == {"qmp_capabilities", "query-commands", "query-version", "peer-hello", "peer-checkpoint"}
+
+
+@pytest.mark.parametrize("message", [b"garbage", b"[]", b"{]", b'{"a":"\xff"}'])
+def test_message_that_ends_the_session(message: bytes) -> None:
+    with pytest.raises(Error):
+        make().receive(message)
