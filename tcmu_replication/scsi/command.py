@@ -152,9 +152,7 @@ class Request:
 
     def refuse(self, name: str) -> sense.CheckCondition:
         """What to raise if the field has a value that cannot be."""
-        return sense.CheckCondition(
-            sense.INVALID_FIELD_IN_CDB, pointer=self.command.by_name[name].pointer()
-        )
+        return sense.CheckCondition(sense.INVALID_FIELD_IN_CDB, pointer=self.command.by_name[name].pointer())
 
     def parameters(self, length: int) -> bytes:
         """The parameter list, `length` bytes as the CDB says; raises if the Data-Out area is shorter."""

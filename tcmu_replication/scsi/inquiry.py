@@ -17,7 +17,6 @@ _DISK = 0x00
 _SPC_4 = 0x06
 _COMMAND_QUEUE = 0x02
 _VERSION_DESCRIPTORS = (0x00A0, 0x0460, 0x04C0)  # SAM-5, SPC-4, SBC-3, no version claimed of each
-_SUPPORTED_PAGES = 0x00
 
 _BINARY, _ASCII = 0x1, 0x2
 _T10, _NAA = 0x1, 0x3
@@ -36,7 +35,7 @@ def standard(unit: LogicalUnit) -> bytes:
 
 
 def _supported_pages(unit: LogicalUnit) -> bytes:
-    return bytes(sorted((_SUPPORTED_PAGES, *PAGES)))
+    return bytes(sorted(PAGES))
 
 
 def _unit_serial(unit: LogicalUnit) -> bytes:
@@ -84,7 +83,7 @@ def _provisioning(unit: LogicalUnit) -> bytes:
 
 
 PAGES: dict[int, Callable[[LogicalUnit], bytes]] = {
-    _SUPPORTED_PAGES: _supported_pages,  # SPC-5, Supported VPD Pages
+    0x00: _supported_pages,  # SPC-5, Supported VPD Pages
     0x80: _unit_serial,  # SPC-5, Unit Serial Number
     0x83: _identification,  # SPC-5, Device Identification
     0xB0: _block_limits,  # SBC-4, Block Limits
