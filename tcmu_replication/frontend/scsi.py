@@ -23,11 +23,11 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable
 from typing import NamedTuple
 
-from tcmu_replication.block.node import Node
+from tcmu_replication.block.buffers import part, size
+from tcmu_replication.block.node import Buffers, Node
 from tcmu_replication.block.pending import Pending, attempt, gather
 from tcmu_replication.errors import Error
 from tcmu_replication.scsi import sense
-from tcmu_replication.scsi.buffers import Buffers, cut, take, total
 from tcmu_replication.scsi.failure import answer_to
 from tcmu_replication.scsi.task import Answer, Op, Task
 from tcmu_replication.units import KiB, MiB
@@ -162,9 +162,7 @@ class Runner:
 
 def _exactly(buffers: Buffers, length: int) -> Buffers:
     """The first `length` bytes of an area that may be longer."""
-    if (len(buffers[0]) if len(buffers) == 1 else total(buffers)) == length:
-        return buffers
-    return cut(buffers, 0, length)
+    return buffers if size(buffers) == length else part(buffers, 0, length)
 
 
 def _ranges(task: Task) -> Iterable[tuple[int, int]]:
@@ -175,9 +173,9 @@ def _overlaps(task: Task, others: Iterable[Task]) -> bool:
     """Whether any of `others` touches a byte that `task` touches."""
     mine = _ranges(task)
     return any(
-        offset < at + size and at < offset + length
+        offset < at + extent and at < offset + length
         for other in others
-        for at, size in _ranges(other)
+        for at, extent in _ranges(other)
         for offset, length in mine
     )
 
@@ -215,7 +213,7 @@ def _verify(node: Node, task: Task, data_out: Buffers, data_in: Buffers) -> Step
         yield node.read(task.offset + at, [found])
         if not task.compare:
             continue
-        expected = repeated[: len(found)] if task.pattern else take(data_out, at, len(found))
+        expected = repeated[: len(found)] if task.pattern else b"".join(part(data_out, at, len(found)))
         difference = first_difference(found, expected)
         if difference is not None:
             return sense.miscompare(difference % len(task.pattern) if task.pattern else at + difference)
@@ -225,10 +223,10 @@ def _verify(node: Node, task: Task, data_out: Buffers, data_in: Buffers) -> Step
 def _compare_and_write(node: Node, task: Task, data_out: Buffers, data_in: Buffers) -> Steps:
     found = memoryview(bytearray(task.length))
     yield node.read(task.offset, [found])
-    difference = first_difference(found, take(data_out, 0, task.length))
+    difference = first_difference(found, b"".join(part(data_out, 0, task.length)))
     if difference is not None:
         return sense.miscompare(difference)
-    yield node.write(task.offset, cut(data_out, task.length, task.length), task.fua)
+    yield node.write(task.offset, part(data_out, task.length, task.length), task.fua)
     return _GOOD
 
 

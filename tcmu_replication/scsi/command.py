@@ -158,7 +158,7 @@ class Request:
         """The parameter list, `length` bytes as the CDB says; raises if the Data-Out area is shorter."""
         if total(self.data_out) < length:
             raise sense.CheckCondition(sense.PARAMETER_LIST_LENGTH_ERROR)
-        return take(self.data_out, 0, length)
+        return take(self.data_out, length)
 
 
 Handler = Callable[["LogicalUnit", Request], Answer | Task]

@@ -45,7 +45,7 @@ def _write(
         raise sense.CheckCondition(sense.LBA_OUT_OF_RANGE)
     size = unit.block_size
     length = blocks * size
-    if (len(data_out[0]) if len(data_out) == 1 else total(data_out)) < length:
+    if total(data_out) < length:
         raise _refused(command, "blocks")
     if not length:
         return sense.GOOD
@@ -112,7 +112,7 @@ def _block(unit: LogicalUnit, request: Request) -> bytes:
     """The one block of the Data-Out area."""
     if total(request.data_out) < unit.block_size:
         raise request.refuse("blocks")
-    return take(request.data_out, 0, unit.block_size)
+    return take(request.data_out, unit.block_size)
 
 
 _ON_MEDIUM, _DATA, _ONE_BLOCK = 0, 1, 3

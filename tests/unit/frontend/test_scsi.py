@@ -1,0 +1,373 @@
+"""Tasks on a chain: what the node is asked, how it ends, and what waits for a COMPARE AND WRITE."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from tcmu_replication.block.memory import Memory
+from tcmu_replication.block.pending import Pending
+from tcmu_replication.errors import Error, Kind
+from tcmu_replication.frontend import scsi
+from tcmu_replication.frontend.scsi import PIECE, Runner
+from tcmu_replication.scsi.sense import GOOD, miscompare
+from tcmu_replication.scsi.task import Answer, Op, Task
+from tcmu_replication.units import KiB, MiB
+
+from ..scsi.disk import sense_of
+
+BLOCK = 512
+A, B, C = (bytes([letter]) * BLOCK for letter in b"ABC")
+
+
+class Recorder(Memory):
+    """Memory that writes down its calls; fails or delays them when told so."""
+
+    def __init__(self, length: int = 8 * MiB) -> None:
+        super().__init__(length)
+        self.calls: list[tuple] = []
+        self.failing: dict[str, Kind] = {}
+        self.late: list[tuple[Pending, str, Callable[[], None], Error | None]] | None = None
+        self.unplugged = 0
+
+    def _call(self, name: str, act: Callable[[], object], *about: object) -> Pending | None:
+        self.calls.append((name, *about))
+        kind = self.failing.get(name)
+        error = None if kind is None else Error(kind)
+        if self.late is not None:
+            pending = Pending()
+            self.late.append((pending, name, act, error))
+            return pending
+        if error is not None:
+            raise error
+        act()
+        return None
+
+    def end(self, index: int = 0) -> str:
+        """End a call that is under way (the oldest), which takes effect now; gives its name."""
+        assert self.late is not None
+        pending, name, act, error = self.late.pop(index)
+        if error is None:
+            act()
+        pending.complete(error)
+        return name
+
+    def read(self, offset: int, buffers: Sequence[memoryview]) -> Pending | None:
+        return self._call("read", lambda: Memory.read(self, offset, buffers), offset, sum(map(len, buffers)))
+
+    def write(self, offset: int, buffers: Sequence[memoryview], fua: bool = False) -> Pending | None:
+        size = sum(map(len, buffers))
+        return self._call("write", lambda: Memory.write(self, offset, buffers), offset, size, fua)
+
+    def zero(self, offset: int, length: int, fua: bool = False, unmap: bool = True) -> Pending | None:
+        return self._call("zero", lambda: Memory.zero(self, offset, length), offset, length, fua, unmap)
+
+    def discard(self, offset: int, length: int) -> Pending | None:
+        return self._call("discard", lambda: Memory.zero(self, offset, length), offset, length)
+
+    def flush(self) -> Pending | None:
+        return self._call("flush", lambda: None)
+
+    def unplug(self) -> None:
+        self.unplugged += 1
+
+
+class Bench:
+    """A runner on a recorder, and the ends of what it ran."""
+
+    def __init__(self, late: bool = False) -> None:
+        self.node = Recorder()
+        if late:
+            self.node.late = []
+        self.runner = Runner(self.node)
+        self.ends: dict[str, tuple[Answer, int]] = {}
+
+    def run(self, task: Task, *data_out: bytes, name: str = "", data_in: bytearray | None = None) -> None:
+        views = [memoryview(part) for part in data_out]
+        into = [] if data_in is None else [memoryview(data_in)]
+
+        def done(answer: Answer, filled: int) -> None:
+            assert name not in self.ends
+            self.ends[name] = (answer, filled)
+
+        self.runner.run(task, views, into, done)
+
+    def end(self, name: str = "") -> tuple[Answer, int]:
+        return self.ends[name]
+
+    def finish(self) -> None:
+        """End everything that is under way, oldest first."""
+        while self.node.late:
+            self.node.end()
+
+
+at_once_or_late = pytest.mark.parametrize("late", [False, True], ids=["at-once", "late"])
+
+
+@at_once_or_late
+def test_read_fills_its_part_of_the_area(late: bool) -> None:
+    bench = Bench(late)
+    bench.node.data[512:1024] = A
+    area = bytearray(b"\xee" * 700)
+    bench.run(Task(Op.READ, 512, 512), data_in=area)
+    bench.finish()
+    assert bench.end() == (GOOD, 512)
+    assert area == A + b"\xee" * 188
+    assert bench.node.calls == [("read", 512, 512)]
+
+
+@at_once_or_late
+def test_read_with_fua_flushes_first(late: bool) -> None:
+    bench = Bench(late)
+    bench.run(Task(Op.READ, 0, 512, fua=True), data_in=bytearray(512))
+    bench.finish()
+    assert bench.end() == (GOOD, 512)
+    assert bench.node.calls == [("flush",), ("read", 0, 512)]
+
+
+@at_once_or_late
+@pytest.mark.parametrize("fua", [False, True])
+def test_write_takes_its_part_of_the_area(late: bool, fua: bool) -> None:
+    bench = Bench(late)
+    bench.run(Task(Op.WRITE, 512, 1024, fua), A, B, C)
+    bench.finish()
+    assert bench.end() == (GOOD, 0)
+    assert bench.node.data[:2560] == bytes(512) + A + B + bytes(1024)
+    assert bench.node.calls == [("write", 512, 1024, fua)]
+
+
+@at_once_or_late
+def test_flush(late: bool) -> None:
+    bench = Bench(late)
+    bench.run(Task(Op.FLUSH))
+    bench.finish()
+    assert bench.end() == (GOOD, 0)
+    assert bench.node.calls == [("flush",)]
+
+
+@at_once_or_late
+def test_unmap_discards_every_range(late: bool) -> None:
+    bench = Bench(late)
+    bench.run(Task(Op.UNMAP, fua=True, ranges=((0, 4096), (8192, 512))))
+    bench.finish()
+    assert bench.end() == (GOOD, 0)
+    assert bench.node.calls == [("discard", 0, 4096), ("discard", 8192, 512), ("flush",)]
+
+
+@at_once_or_late
+def test_write_same_of_zeroes_is_left_to_the_node(late: bool) -> None:
+    bench = Bench(late)
+    bench.run(Task(Op.WRITE_SAME, 512, 4 * MiB, fua=True, unmap=True))
+    bench.finish()
+    assert bench.end() == (GOOD, 0)
+    assert bench.node.calls == [("zero", 512, 4 * MiB, True, True)]
+
+
+@at_once_or_late
+def test_write_same_of_a_pattern_goes_piece_by_piece(late: bool) -> None:
+    bench = Bench(late)
+    bench.run(Task(Op.WRITE_SAME, 512, 2 * PIECE + 1024, pattern=A))
+    bench.finish()
+    assert bench.end() == (GOOD, 0)
+    assert [call[1:3] for call in bench.node.calls] == [
+        (512, PIECE),
+        (512 + PIECE, PIECE),
+        (512 + 2 * PIECE, 1024),
+    ]
+    filled = 512 + 2 * PIECE + 1024
+    assert bench.node.data == bytes(512) + A * (2 * PIECE // 512 + 2) + bytes(len(bench.node.data) - filled)
+
+
+@at_once_or_late
+def test_verify_reads_piece_by_piece(late: bool) -> None:
+    bench = Bench(late)
+    bench.run(Task(Op.VERIFY, 512, PIECE + 512))
+    bench.finish()
+    assert bench.end() == (GOOD, 0)
+    assert bench.node.calls == [("read", 512, PIECE), ("read", 512 + PIECE, 512)]
+
+
+@at_once_or_late
+def test_verify_finds_the_first_difference(late: bool) -> None:
+    bench = Bench(late)
+    data = bytearray(PIECE + 1024)
+    bench.run(Task(Op.VERIFY, 0, len(data), compare=True), bytes(data), name="alike")
+    data[PIECE + 700] = data[PIECE + 701] = 1
+    bench.run(Task(Op.VERIFY, 0, len(data), compare=True), bytes(data), name="differs")
+    bench.finish()
+    assert bench.end("alike") == (GOOD, 0)
+    assert bench.end("differs") == (miscompare(PIECE + 700), 0)
+
+
+def test_verify_against_one_block() -> None:
+    bench = Bench()
+    bench.node.data[:2048] = A * 4
+    bench.run(Task(Op.VERIFY, 0, 2048, compare=True, pattern=A), name="alike")
+    bench.node.data[1024 + 7] = 0
+    bench.run(Task(Op.VERIFY, 0, 2048, compare=True, pattern=A), name="differs")
+    assert bench.end("alike") == (GOOD, 0)
+    assert bench.end("differs") == (miscompare(7), 0)
+
+
+@at_once_or_late
+def test_compare_and_write(late: bool) -> None:
+    bench = Bench(late)
+    bench.node.data[512:1024] = A
+    bench.run(Task(Op.COMPARE_AND_WRITE, 512, 512, fua=True), A, B, name="same")
+    bench.finish()
+    assert bench.end("same") == (GOOD, 0)
+    assert bench.node.data[:1536] == bytes(512) + B + bytes(512)
+    bench.run(Task(Op.COMPARE_AND_WRITE, 512, 512), B[:-1] + b"!", C, name="other")
+    bench.finish()
+    assert bench.end("other") == (miscompare(511), 0)
+    assert bench.node.data[512:1024] == B
+    assert [call[0] for call in bench.node.calls] == ["read", "write", "read"]
+
+
+FAILURES = [
+    (Task(Op.READ, 0, 512), "read", "03/11/00"),
+    (Task(Op.READ, 0, 512, fua=True), "flush", "03/11/00"),
+    (Task(Op.WRITE, 0, 512), "write", "03/0C/00"),
+    (Task(Op.FLUSH), "flush", "03/0C/00"),
+    (Task(Op.UNMAP, ranges=((0, 512), (512, 512))), "discard", "03/0C/00"),
+    (Task(Op.WRITE_SAME, 0, 512), "zero", "03/0C/00"),
+    (Task(Op.WRITE_SAME, 0, 512, pattern=A), "write", "03/0C/00"),
+    (Task(Op.VERIFY, 0, 512), "read", "03/11/00"),
+    (Task(Op.COMPARE_AND_WRITE, 0, 512), "read", "03/0C/00"),
+    (Task(Op.COMPARE_AND_WRITE, 0, 512), "write", "03/0C/00"),
+]
+
+
+@at_once_or_late
+@pytest.mark.parametrize(("task", "call", "sense"), FAILURES)
+def test_a_failure_ends_the_command_with_its_sense(late: bool, task: Task, call: str, sense: str) -> None:
+    bench = Bench(late)
+    bench.node.failing[call] = Kind.IO
+    bench.run(task, bytes(512), A, name="fails", data_in=bytearray(512))
+    bench.finish()
+    answer, filled = bench.end("fails")
+    assert str(sense_of(answer)) == sense
+    assert filled == 0
+    bench.node.failing.clear()
+    bench.run(Task(Op.COMPARE_AND_WRITE, 0, 512), bytes(512), A, name="next")
+    bench.finish()
+    assert bench.end("next") == (GOOD, 0), "nothing is left behind"
+
+
+def test_a_pending_that_has_ended_already_is_taken() -> None:
+    bench = Bench()
+    ended = Pending()
+    ended.complete(Error(Kind.NO_SPACE))
+    bench.node.write = lambda *_: ended  # type: ignore[method-assign]
+    bench.run(Task(Op.WRITE, 0, 512), A, name="write")
+    bench.run(Task(Op.WRITE_SAME, 0, 512, pattern=A), name="same")
+    assert str(sense_of(bench.end("write")[0])) == "07/27/07"
+    assert str(sense_of(bench.end("same")[0])) == "07/27/07"
+
+
+CAW = Task(Op.COMPARE_AND_WRITE, 512, 512)
+OVERLAPPING = [
+    Task(Op.WRITE, 0, 1024),
+    Task(Op.WRITE_SAME, 1023, 512),
+    Task(Op.UNMAP, ranges=((4096, 512), (512, 512))),
+]
+APART = [
+    Task(Op.WRITE, 0, 512),
+    Task(Op.WRITE_SAME, 1024, 512),
+    Task(Op.UNMAP, ranges=((0, 512), (1024, 512))),
+]
+
+
+@pytest.mark.parametrize("task", OVERLAPPING)
+def test_compare_and_write_waits_for_a_write_to_its_blocks(task: Task) -> None:
+    bench = Bench(late=True)
+    bench.run(task, bytes(1024), name="write")
+    bench.run(CAW, bytes(512), A, name="compare")
+    assert "read" not in [call[0] for call in bench.node.calls]
+    bench.finish()
+    assert bench.end("write") == bench.end("compare") == (GOOD, 0)
+    assert bench.node.data[512:1024] == A
+    assert bench.node.unplugged
+
+
+@pytest.mark.parametrize("task", OVERLAPPING)
+def test_a_write_to_its_blocks_waits_for_a_compare_and_write(task: Task) -> None:
+    bench = Bench(late=True)
+    bench.run(CAW, bytes(512), A, name="compare")
+    bench.run(task, bytes(1024), name="write")
+    assert bench.node.calls == [("read", 512, 512)]
+    assert bench.node.end() == "read"
+    assert bench.node.end() == "write"
+    assert bench.end("compare") == (GOOD, 0)
+    assert "write" not in bench.ends
+    assert len(bench.node.calls) > 2, "and then it starts"
+    bench.finish()
+    assert bench.end("write") == (GOOD, 0)
+    assert bench.node.data[1023] == 0
+
+
+@pytest.mark.parametrize("task", APART)
+def test_a_write_to_other_blocks_passes_by(task: Task) -> None:
+    bench = Bench(late=True)
+    bench.run(CAW, bytes(512), A, name="compare")
+    bench.run(task, B, name="write")
+    assert len(bench.node.calls) > 1
+    bench.finish()
+    assert bench.end("write") == bench.end("compare") == (GOOD, 0)
+
+
+def test_reads_and_flushes_do_not_wait() -> None:
+    bench = Bench(late=True)
+    bench.run(CAW, bytes(512), A)
+    bench.run(Task(Op.READ, 512, 512), name="read", data_in=bytearray(512))
+    bench.run(Task(Op.FLUSH), name="flush")
+    assert [call[0] for call in bench.node.calls] == ["read", "read", "flush"]
+
+
+def test_of_two_that_compare_with_the_same_one_writes() -> None:
+    bench = Bench(late=True)
+    bench.run(CAW, bytes(512), A, name="first")
+    bench.run(CAW, bytes(512), B, name="second")
+    bench.finish()
+    assert bench.end("first") == (GOOD, 0)
+    assert bench.end("second") == (miscompare(0), 0)
+    assert bench.node.data[512:1024] == A
+
+
+def test_a_later_write_does_not_overtake_one_that_waits() -> None:
+    bench = Bench(late=True)
+    bench.run(Task(Op.WRITE, 512, 512), A, name="before")
+    bench.run(CAW, A, B, name="compare")
+    bench.run(Task(Op.WRITE, 512, 512), C, name="after")
+    assert len(bench.node.calls) == 1
+    bench.finish()
+    assert all(end == (GOOD, 0) for end in bench.ends.values())
+    assert list(bench.ends) == ["before", "compare", "after"]
+    assert bench.node.data[512:1024] == C
+
+
+def test_a_compare_and_write_that_failed_lets_the_others_go_on() -> None:
+    bench = Bench(late=True)
+    bench.node.failing["read"] = Kind.IO
+    bench.run(CAW, bytes(512), A, name="compare")
+    bench.run(Task(Op.WRITE, 512, 512), B, name="write")
+    bench.finish()
+    assert bench.end("compare")[0].status == 2
+    assert bench.end("write") == (GOOD, 0)
+
+
+def test_what_goes_on_by_itself_is_not_left_plugged() -> None:
+    bench = Bench(late=True)
+    bench.run(Task(Op.WRITE_SAME, 0, 2 * PIECE, pattern=A))
+    assert bench.node.unplugged == 0
+    bench.node.end()
+    assert bench.node.unplugged == 1
+
+
+@pytest.mark.parametrize("where", [0, 1, 4 * KiB - 1, 4 * KiB, 9000])
+def test_first_difference(where: int) -> None:
+    data = bytearray(9001)
+    assert scsi.first_difference(memoryview(data), bytes(9001)) is None
+    data[where] = 1
+    assert scsi.first_difference(memoryview(data), bytes(9001)) == where
