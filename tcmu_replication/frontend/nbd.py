@@ -1,0 +1,305 @@
+"""An NBD server: nodes under names, over TCP and unix sockets.
+
+Accepting and the handshake are coroutines with a deadline; afterwards a
+`Connection` serves the client in plain calls. Every export may be used by
+several clients at once: they share the node, so a flush on one connection
+covers what was written through another (CAN_MULTI_CONN).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import os
+import socket
+import stat
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from tcmu_replication.block.node import Node
+from tcmu_replication.errors import Error, Kind, from_os
+from tcmu_replication.frontend.nbd_connection import Connection
+from tcmu_replication.nbd.handshake import Agreed, Offer, ServerHandshake
+from tcmu_replication.nbd.protocol import MAX_STRING, TransmissionFlag
+from tcmu_replication.units import MiB
+
+log = logging.getLogger(__name__)
+
+HANDSHAKE_LIMIT_S = 10.0
+"""As QEMU's server."""
+MAX_CONNECTIONS = 100
+"""As QEMU's server; handshakes count."""
+SOCKET_BUFFER = 1 * MiB
+"""What we ask of the kernel for replies on a unix socket (TCP sizes itself); it gives what it allows."""
+
+_FLAGS = (
+    TransmissionFlag.HAS_FLAGS
+    | TransmissionFlag.SEND_FLUSH
+    | TransmissionFlag.SEND_FUA
+    | TransmissionFlag.SEND_TRIM
+    | TransmissionFlag.SEND_WRITE_ZEROES
+    | TransmissionFlag.SEND_DF
+    | TransmissionFlag.CAN_MULTI_CONN
+)
+
+
+@dataclass(frozen=True)
+class Export:
+    """A node under a name. It is writable only if the node is too."""
+
+    name: str
+    node: Node
+    description: str = ""
+    read_only: bool = False
+
+    def offer(self) -> Offer:
+        """What a client is told."""
+        flags = _FLAGS | (TransmissionFlag.READ_ONLY if self.is_read_only else TransmissionFlag(0))
+        return Offer(self.name, self.node.length, flags, self.description)
+
+    @property
+    def is_read_only(self) -> bool:
+        """Whether writes are refused."""
+        return self.read_only or self.node.read_only
+
+
+class Server:
+    """Serves exports until `close`. `allow(host)` decides on TCP clients by their address;
+    a unix socket is guarded by its file's mode, 0600.
+    """
+
+    def __init__(
+        self,
+        exports: Iterable[Export] = (),
+        *,
+        allow: Callable[[str], bool] | None = None,
+        max_connections: int = MAX_CONNECTIONS,
+        handshake_limit_s: float = HANDSHAKE_LIMIT_S,
+    ) -> None:
+        self._exports: dict[str, Export] = {}
+        self._connections: dict[Connection, str] = {}
+        self._handshakes: set[asyncio.Task[None]] = set()
+        self._listeners: dict[socket.socket, str | None] = {}
+        self._allow = allow
+        self._max_connections = max_connections
+        self._handshake_limit_s = handshake_limit_s
+        self._changed = asyncio.Event()
+        for export in exports:
+            self.add(export)
+
+    @property
+    def exports(self) -> tuple[str, ...]:
+        """The names of what is exported now."""
+        return tuple(self._exports)
+
+    @property
+    def connections(self) -> int:
+        """Clients connected now, handshakes included."""
+        return len(self._handshakes) + sum(not connection.closed for connection in self._connections)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that nodes have not answered yet."""
+        return sum(connection.in_flight for connection in self._connections)
+
+    def add(self, export: Export) -> None:
+        """Export a node. Raises Error CONFLICT (name taken) or BAD_CONFIG (name or description too long)."""
+        if export.name in self._exports:
+            raise Error(Kind.CONFLICT, f"an export named {export.name!r} exists already")
+        for text in (export.name, export.description):
+            if len(text.encode()) > MAX_STRING:
+                raise Error(Kind.BAD_CONFIG, f"{text[:32]!r}... is longer than NBD's {MAX_STRING} bytes")
+        self._exports[export.name] = export
+
+    async def remove(self, name: str, hard: bool = True) -> None:
+        """Stop exporting: at once no new clients; then `hard` hangs up on the present ones, else they are
+        waited for. On return the node has ended every request that came through this export and gets no more.
+        Raises Error NOT_FOUND.
+        """
+        if self._exports.pop(name, None) is None:
+            raise Error(Kind.NOT_FOUND, f"no export is named {name!r}")
+        clients = [connection for connection, export in self._connections.items() if export == name]
+        if hard:
+            for connection in clients:
+                connection.abort()
+        while any(connection in self._connections for connection in clients):
+            self._changed.clear()
+            await self._changed.wait()
+
+    async def listen_tcp(self, host: str, port: int) -> int:
+        """Listen on every address of `host` ("" for all); returns the port (of the first, with port 0)."""
+        loop = asyncio.get_running_loop()
+        try:
+            found = await loop.getaddrinfo(
+                host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )
+        except OSError as error:
+            raise Error(Kind.BAD_CONFIG, f"listen on {host}: {error.strerror}") from error
+        opened: list[socket.socket] = []
+        try:
+            for family, kind, proto, _, address in dict.fromkeys(found):
+                if port == 0 and opened:
+                    address = (address[0], opened[0].getsockname()[1], *address[2:])
+                opened.append(_bind(socket.socket(family, kind, proto), address))
+        except OSError as error:
+            for sock in opened:
+                sock.close()
+            raise from_os(error, f"listen on {host or '*'} port {port}") from error
+        for sock in opened:
+            self._listen(sock, None)
+        return int(opened[0].getsockname()[1])
+
+    async def listen_unix(self, path: str) -> None:
+        """Listen on a socket at `path`, mode 0600; a dead socket that lies there is replaced."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            _remove_dead_socket(path)
+            mask = os.umask(0o177)
+            try:
+                _bind(sock, path)
+            finally:
+                os.umask(mask)
+        except OSError as error:
+            sock.close()
+            raise from_os(error, f"listen on {path}") from error
+        self._listen(sock, path)
+
+    async def close(self) -> None:
+        """Stop listening, hang up on every client and wait until the nodes have ended their requests."""
+        for sock, path in self._listeners.items():
+            asyncio.get_running_loop().remove_reader(sock)
+            sock.close()
+            if path is not None:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+        self._listeners.clear()
+        for task in self._handshakes:
+            task.cancel()
+        await asyncio.gather(*self._handshakes, return_exceptions=True)
+        for name in self.exports:
+            await self.remove(name)
+
+    def _listen(self, sock: socket.socket, path: str | None) -> None:
+        sock.setblocking(False)
+        self._listeners[sock] = path
+        asyncio.get_running_loop().add_reader(sock, self._accept, sock)
+
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            sock, address = listener.accept()
+        except OSError as error:
+            if not isinstance(error, BlockingIOError):
+                log.warning("NBD: accept: %s", error.strerror)
+            return
+        sock.setblocking(False)
+        if listener.family == socket.AF_UNIX:
+            peer = "on a unix socket"
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER)
+        else:
+            peer = _plain_host(address[0])
+            if self._allow is not None and not self._allow(peer):
+                log.warning("NBD client %s is not allowed here; hung up", peer)
+                sock.close()
+                return
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if self.connections >= self._max_connections:
+            log.warning("NBD client %s is one too many of %d; hung up", peer, self._max_connections)
+            sock.close()
+            return
+        task = asyncio.get_running_loop().create_task(self._shake_hands(sock, peer))
+        self._handshakes.add(task)
+        task.add_done_callback(self._handshakes.discard)
+
+    async def _shake_hands(self, sock: socket.socket, peer: str) -> None:
+        """Negotiate, and hand the socket to a Connection; or close it."""
+        try:
+            async with asyncio.timeout(self._handshake_limit_s):
+                handshake = await self._negotiate(sock)
+            if handshake is not None and handshake.agreed is not None:
+                self._connect(sock, peer, handshake.agreed, handshake.rest)
+                return
+        except TimeoutError:
+            log.warning("NBD client %s: no handshake in %g s; hung up", peer, self._handshake_limit_s)
+        except Error as error:
+            log.warning("NBD client %s: %s; hung up", peer, error)
+        except OSError as error:
+            log.info("NBD client %s left in the handshake: %s", peer, error.strerror)
+        except asyncio.CancelledError:
+            sock.close()
+            raise
+        sock.close()
+
+    async def _negotiate(self, sock: socket.socket) -> ServerHandshake | None:
+        """The finished handshake; None if the client hung up."""
+        loop = asyncio.get_running_loop()
+        handshake = ServerHandshake(lambda: {e.name: e.offer() for e in self._exports.values()})
+        answer = handshake.greeting()
+        while True:
+            await loop.sock_sendall(sock, answer)
+            if handshake.over:
+                return handshake
+            received = await loop.sock_recv(sock, 4096)
+            if not received:
+                return None
+            answer = handshake.receive(received)
+
+    def _connect(self, sock: socket.socket, peer: str, agreed: Agreed, rest: bytes) -> None:
+        export = self._exports.get(agreed.offer.name)
+        if export is None or export.offer() != agreed.offer:
+            raise Error(Kind.NOT_FOUND, f"export {agreed.offer.name!r} was removed during the handshake")
+        connection = Connection(
+            sock,
+            export.node,
+            peer=f"{peer} (export {export.name})",
+            read_only=export.is_read_only,
+            structured=agreed.structured,
+            allocation=agreed.allocation,
+            received=rest,
+            ended=self._ended,
+        )
+        self._connections[connection] = export.name
+
+    def _ended(self, connection: Connection) -> None:
+        self._connections.pop(connection, None)
+        self._changed.set()
+
+
+def _bind(sock: socket.socket, address: object) -> socket.socket:
+    try:
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if sock.family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(address)  # type: ignore[arg-type]
+        sock.listen(MAX_CONNECTIONS)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _remove_dead_socket(path: str) -> None:
+    """Remove a socket that nobody listens on any more; anything else stays and makes bind fail."""
+    try:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            return
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+        except BlockingIOError:
+            pass  # somebody listens and is busy
+
+
+def _plain_host(host: str) -> str:
+    """An IPv4 client of an IPv6 socket is named by its IPv4 address."""
+    address = ipaddress.ip_address(host.partition("%")[0])
+    mapped = getattr(address, "ipv4_mapped", None)
+    return str(mapped or address)

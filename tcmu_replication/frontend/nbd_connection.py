@@ -1,0 +1,420 @@
+"""The transmission phase of one NBD client: a socket on one side, a node on the other.
+
+Everything complete in the receive buffer is run against the node in plain
+calls, then the node is unplugged once, then all replies leave in one send.
+Write data is used where it was received, read data is sent from where the node
+put it.
+
+A client that does not read its replies, or asks for more than the node can do,
+is not read from until it has less than MAX_OWED bytes and MAX_IN_FLIGHT
+requests with us. A client that breaks the protocol is hung up on, with one
+line in the log. What the node was asked before a connection ended, goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable
+
+from tcmu_replication.block.node import Extent, Node
+from tcmu_replication.block.pending import Pending
+from tcmu_replication.errors import Error, Kind
+from tcmu_replication.nbd import protocol, transmission
+from tcmu_replication.nbd.handshake import CONTEXT_ID
+from tcmu_replication.nbd.outbox import Outbox
+from tcmu_replication.nbd.protocol import Chunk, Command, CommandFlag, ExtentState
+from tcmu_replication.nbd.stream import Memory, Stream
+from tcmu_replication.units import KiB, MiB
+
+log = logging.getLogger(__name__)
+
+MAX_OWED = 8 * MiB
+"""A connection with more than this in replies and in writes under way is not read from."""
+MAX_IN_FLIGHT = 256
+"""Nor is one with so many requests under way."""
+SPARSE_FROM = 64 * KiB
+"""A read of this length or more that is all zero is answered with a hole. (Asking for the extents before
+every read costs more than it saves: finding the next hole of a full file on tmpfs takes 10 ms a GiB.)"""
+STATUS_SPAN = 256 * MiB
+"""A block status tells about this much at most, to bound its time; clients ask again for the rest."""
+
+_FUA = int(CommandFlag.FUA)
+_WRITE = int(Command.WRITE)
+_SIMPLE = transmission.SIMPLE_SIZE
+_DATA_HEAD = protocol.DATA_HEAD.size
+_pack_simple = protocol.SIMPLE_REPLY.pack_into
+_pack_data_head = protocol.DATA_HEAD.pack_into
+_ZEROES = bytes(64 * KiB)
+
+
+class Connection:
+    """Serves `node` on `sock` (non-blocking, handshake done) until either side ends it.
+
+    `received` are bytes that came behind the handshake. `ended(self)` is called
+    once, when the socket is closed and the node has ended all that came through it.
+    All calls on the loop's thread.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        node: Node,
+        *,
+        peer: str,
+        read_only: bool = False,
+        structured: bool = False,
+        allocation: bool = False,
+        received: bytes = b"",
+        ended: Callable[[Connection], None] = lambda _: None,
+    ) -> None:
+        self.node = node
+        self.peer = peer
+        self.in_flight = 0
+        self.closed = False
+        self._sock = sock
+        self._read_only = read_only
+        self._structured = structured
+        self._allocation = allocation
+        self._ended = ended
+        self._loop = asyncio.get_running_loop()
+        self._stream = Stream(received)
+        self._need = transmission.REQUEST_SIZE
+        self._out = Outbox()
+        self._held_bytes = 0
+        self._reading = self._writing = False
+        self._leaving = False
+        self._paused = False
+        self._resuming = False
+        self._set_reading(True)
+        if received:
+            self._resume_soon()
+
+    # The socket
+
+    def _readable(self) -> None:
+        try:
+            count = self._sock.recv_into(self._stream.room(self._need))
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            self.abort()
+            return
+        if count:
+            self._stream.end += count
+        else:
+            self._leave()
+        self._serve()
+
+    def _serve(self) -> None:
+        """Run what is complete, then answer."""
+        try:
+            self._run()
+        except Error as error:
+            log.warning("NBD client %s: %s; hung up", self.peer, error)
+            self.abort()
+        except Exception:
+            log.exception("NBD client %s: hung up on a defect of ours", self.peer)
+            self.abort()
+        if not self.closed:
+            self._send()
+        if self._paused and not self.closed and self._has_room():
+            self._resume_soon()
+
+    def _send(self) -> None:
+        try:
+            gone = self._out.send(self._sock)
+        except OSError:
+            self.abort()
+            return
+        if gone and self._leaving and not self._paused and not self.in_flight:
+            self.abort()
+            return
+        if gone == self._writing:
+            self._writing = not gone
+            if gone:
+                self._loop.remove_writer(self._sock)
+            else:
+                self._loop.add_writer(self._sock, self._writable)
+
+    def _writable(self) -> None:
+        self._send()
+        if self._paused and not self.closed and self._has_room():
+            self._serve()
+
+    def _has_room(self) -> bool:
+        return self.in_flight < MAX_IN_FLIGHT and self._out.size + self._held_bytes < MAX_OWED
+
+    def _set_reading(self, wanted: bool) -> None:
+        if wanted != self._reading and not self.closed:
+            self._reading = wanted
+            if wanted:
+                self._loop.add_reader(self._sock, self._readable)
+            else:
+                self._loop.remove_reader(self._sock)
+
+    def _leave(self) -> None:
+        """The client says nothing more: answer what is under way, then close."""
+        self._leaving = True
+        self._set_reading(False)
+
+    def abort(self) -> None:
+        """Close the socket now; twice is fine. `ended` waits for what the node still does."""
+        if self.closed:
+            return
+        self._set_reading(False)
+        self.closed = True
+        if self._writing:
+            self._loop.remove_writer(self._sock)
+        self._sock.close()
+        if not self.in_flight:
+            self._ended(self)
+
+    # Requests
+
+    def _run(self) -> None:
+        stream = self._stream
+        memory = stream.memory
+        data = memory.data
+        start, end = stream.start, stream.end
+        first = start
+        parse = transmission.parse_request
+        self._paused = False
+        try:
+            while self._has_room():
+                request = parse(data, start, end)
+                if request is None:
+                    self._need = transmission.REQUEST_SIZE
+                    return
+                flags, command, cookie, offset, length = request
+                body = start + transmission.REQUEST_SIZE
+                if command == _WRITE:
+                    if body + length > end:
+                        self._need = transmission.REQUEST_SIZE + length
+                        return
+                    start = body + length
+                    self._write(flags, cookie, offset, length, memory, body)
+                    continue
+                start = body
+                if command == Command.DISC:
+                    self._leave()
+                    start = end
+                    return
+                self._dispatch(command, flags, cookie, offset, length)
+            self._paused = True
+        finally:
+            stream.start = start
+            self._set_reading(not self._paused and not self._leaving)
+            if start != first:
+                self.node.unplug()
+
+    def _dispatch(self, command: int, flags: int, cookie: int, offset: int, length: int) -> None:
+        try:
+            handler = _HANDLERS.get(command)
+            if handler is None:
+                raise Error(Kind.BAD_REQUEST, f"command {command} is not supported")
+            if flags & ~transmission.FLAGS_OF_COMMAND[command]:
+                raise Error(Kind.BAD_REQUEST, f"{Command(command).name} with flags {flags:#x}")
+            handler(self, flags, cookie, offset, length)
+        except Error as error:
+            self._fail(cookie, error)
+
+    def _check(self, offset: int, length: int, *, writes: bool = False) -> None:
+        if writes and self._read_only:
+            raise Error(Kind.READ_ONLY, "the export is read-only")
+        if not length:
+            raise Error(Kind.BAD_REQUEST, "a request for no bytes")
+        if offset + length > self.node.length:
+            # The specification's errors: no space for what writes, an invalid request otherwise.
+            kind = Kind.NO_SPACE if writes else Kind.OUT_OF_RANGE
+            raise Error(kind, f"beyond the end of {self.node.length} bytes", offset=offset, length=length)
+
+    def _write(self, flags: int, cookie: int, offset: int, length: int, memory: Memory, at: int) -> None:
+        try:
+            if flags & ~_FUA:
+                raise Error(Kind.BAD_REQUEST, f"WRITE with flags {flags:#x}")
+            self._check(offset, length, writes=True)
+            pending = self.node.write(offset, [memory.view[at : at + length]], bool(flags))
+        except Error as error:
+            self._fail(cookie, error)
+            return
+        if pending is None:
+            self._succeed(cookie)
+            return
+        memory.held += 1
+        self._held_bytes += length
+
+        def ended(pending: Pending) -> None:
+            memory.held -= 1
+            self._held_bytes -= length
+            self._answer(cookie, pending.error)
+
+        self._wait(pending, ended)
+
+    def _read(self, flags: int, cookie: int, offset: int, length: int) -> None:
+        self._check(offset, length)
+        if length > protocol.MAX_REQUEST:
+            raise Error(Kind.BAD_REQUEST, f"a read of {length} bytes; the limit is {protocol.MAX_REQUEST}")
+        out = self._out
+        head = _DATA_HEAD if self._structured else _SIMPLE
+        at = out.reserve(head + length)
+        memory = out.memory
+        data = memory.data
+        body = at + head
+        try:
+            pending = self.node.read(offset, [memory.view[body : body + length]])
+        except Error:
+            out.cancel(at)
+            raise
+        sparse = self._structured and length >= SPARSE_FROM and not flags & CommandFlag.DF
+        if pending is None:
+            if sparse and is_zero(data, body, body + length):
+                out.cancel(at)
+                self._put_hole(cookie, offset, length)
+            else:
+                self._put_head(data, at, cookie, offset, length)
+            return
+        segment = out.detach(at)
+
+        def ended(pending: Pending) -> None:
+            memory.held -= 1
+            if pending.error is None and not (sparse and is_zero(data, body, body + length)):
+                self._put_head(data, at, cookie, offset, length)
+                out.queue(segment)
+                return
+            out.drop(segment)
+            if pending.error is None:
+                self._put_hole(cookie, offset, length)
+            else:
+                self._fail(cookie, pending.error)
+
+        self._wait(pending, ended)
+
+    def _put_head(self, data: bytearray, at: int, cookie: int, offset: int, length: int) -> None:
+        """What precedes the data of a read."""
+        if self._structured:
+            _pack_data_head(
+                data,
+                at,
+                protocol.STRUCTURED_REPLY_MAGIC,
+                protocol.CHUNK_DONE,
+                Chunk.OFFSET_DATA,
+                cookie,
+                transmission.DATA_PREFIX + length,
+                offset,
+            )
+        else:
+            _pack_simple(data, at, protocol.SIMPLE_REPLY_MAGIC, 0, cookie)
+
+    def _put_hole(self, cookie: int, offset: int, length: int) -> None:
+        self._put(transmission.chunk(cookie, Chunk.OFFSET_HOLE, protocol.CHUNK_HOLE.pack(offset, length)))
+
+    def _flush(self, flags: int, cookie: int, offset: int, length: int) -> None:
+        self._finish(cookie, self.node.flush())
+
+    def _trim(self, flags: int, cookie: int, offset: int, length: int) -> None:
+        self._check(offset, length, writes=True)
+        pending = self.node.discard(offset, length)
+        if not flags & _FUA:
+            self._finish(cookie, pending)
+        elif pending is None:
+            self._finish(cookie, self.node.flush())
+        else:
+            self._wait(pending, lambda done: self._flush_after(cookie, done))
+
+    def _flush_after(self, cookie: int, done: Pending) -> None:
+        if done.error is not None:
+            self._fail(cookie, done.error)
+            return
+        self._dispatch(Command.FLUSH, 0, cookie, 0, 0)
+        self.node.unplug()
+
+    def _write_zeroes(self, flags: int, cookie: int, offset: int, length: int) -> None:
+        self._check(offset, length, writes=True)
+        unmap = not flags & CommandFlag.NO_HOLE
+        self._finish(cookie, self.node.zero(offset, length, bool(flags & _FUA), unmap))
+
+    def _block_status(self, flags: int, cookie: int, offset: int, length: int) -> None:
+        if not self._allocation:
+            raise Error(Kind.BAD_REQUEST, "block status without an agreed context")
+        self._check(offset, length)
+        extents = self.node.extents(offset, min(length, STATUS_SPAN))
+        if flags & CommandFlag.REQ_ONE:
+            del extents[1:]
+        states = [(extent.length, status_of(extent)) for extent in extents]
+        self._put(transmission.status_chunk(cookie, CONTEXT_ID, states))
+
+    # Answers
+
+    def _wait(self, pending: Pending, ended: Callable[[Pending], None]) -> None:
+        """Call `ended` at the request's end, and go on then."""
+        self.in_flight += 1
+
+        def over(pending: Pending) -> None:
+            self.in_flight -= 1
+            if not self.closed:
+                ended(pending)
+                self._resume_soon()
+            elif not self.in_flight:
+                self._ended(self)
+
+        pending.then(over)
+
+    def _resume_soon(self) -> None:
+        """Once per turn of the loop, however many requests have ended in it."""
+        if not self._resuming:
+            self._resuming = True
+            self._loop.call_soon(self._resume)
+
+    def _resume(self) -> None:
+        self._resuming = False
+        if not self.closed:
+            self._serve()
+
+    def _finish(self, cookie: int, pending: Pending | None) -> None:
+        if pending is None:
+            self._succeed(cookie)
+        else:
+            self._wait(pending, lambda done: self._answer(cookie, done.error))
+
+    def _answer(self, cookie: int, error: Error | None) -> None:
+        if error is None:
+            self._succeed(cookie)
+        else:
+            self._fail(cookie, error)
+
+    def _succeed(self, cookie: int) -> None:
+        # A simple reply is right for everything but a read, with structured replies too.
+        at = self._out.reserve(_SIMPLE)
+        _pack_simple(self._out.memory.data, at, protocol.SIMPLE_REPLY_MAGIC, 0, cookie)
+
+    def _fail(self, cookie: int, error: Error) -> None:
+        number = protocol.ERROR_OF_KIND[error.kind]
+        if self._structured:
+            self._put(transmission.error_chunk(cookie, number, str(error)))
+        else:
+            self._put(transmission.simple_reply(cookie, number))
+
+    def _put(self, reply: bytes) -> None:
+        at = self._out.reserve(len(reply))
+        self._out.memory.data[at : at + len(reply)] = reply
+
+
+_HANDLERS: dict[int, Callable[[Connection, int, int, int, int], None]] = {
+    Command.READ: Connection._read,
+    Command.FLUSH: Connection._flush,
+    Command.TRIM: Connection._trim,
+    Command.WRITE_ZEROES: Connection._write_zeroes,
+    Command.BLOCK_STATUS: Connection._block_status,
+}
+
+
+def status_of(extent: Extent) -> int:
+    """The base:allocation state of an extent."""
+    return (0 if extent.allocated else ExtentState.HOLE) | (ExtentState.ZERO if extent.zero else 0)
+
+
+def is_zero(data: bytearray, start: int, end: int) -> bool:
+    """Whether the bytes are all zero; looks no further than the first that is not."""
+    return all(data.startswith(_ZEROES[: end - at], at) for at in range(start, end, len(_ZEROES)))
