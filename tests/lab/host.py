@@ -284,7 +284,6 @@ class Host:
             f"LAB_DIR={self.folder}",
             # A second of measuring which code is best at a RAID that nobody has.
             "initcall_blacklist=raid6_select_algo",
-            "selinux=0",
             "con=null",
             "con0=null,fd:1",
             f"ssl0=fd:{serial},fd:{serial}",
