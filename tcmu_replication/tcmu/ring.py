@@ -37,11 +37,11 @@ class Command:
 
     `buffers` are its `length` bytes of Data-Out or Data-In: the entry does not
     say which, the CDB does. `fault` is None, or says what is wrong with the
-    entry: such a command has no buffers and must be failed. `deadline_s`
-    is for whoever runs it.
+    entry: such a command has no buffers and must be failed. `deadline_s` and
+    `abandoned` are for whoever runs it.
     """
 
-    __slots__ = ("buffers", "cdb", "cmd_id", "deadline_s", "fault", "length")
+    __slots__ = ("abandoned", "buffers", "cdb", "cmd_id", "deadline_s", "fault", "length")
 
     def __init__(
         self, cmd_id: int, cdb: bytes, buffers: list[memoryview], length: int, fault: str | None = None
@@ -52,6 +52,7 @@ class Command:
         self.length = length
         self.fault = fault
         self.deadline_s = 0.0
+        self.abandoned = False
 
 
 class Abort(NamedTuple):
@@ -250,6 +251,7 @@ class Ring:
         ):
             if base < self._data or base + span > self._end:
                 return Command(cmd_id, b"", [], 0, f"{span} bytes at {base} are outside the data area")
-            buffers.append(self._memory[base : base + span])
-            total += span
+            if span:
+                buffers.append(self._memory[base : base + span])
+                total += span
         return Command(cmd_id, bytes(self._memory[cdb_at : cdb_at + size]), buffers, total)
