@@ -98,6 +98,27 @@ def gather(pendings: Iterable[Pending | None], error: Error | None = None) -> Pe
     return whole
 
 
+def after(pending: Pending | None, call: Callable[[], Pending | None]) -> Pending | None:
+    """One outcome for two steps: `call()`, made when `pending` has ended well.
+
+    At once if `pending` is None; then what the call returns or raises is the
+    outcome. Otherwise the first step's error, or else that of the call.
+    """
+    if pending is None:
+        return call()
+    whole = Pending()
+
+    def ended(first: Pending) -> None:
+        error, second = (first.error, None) if first.error is not None else attempt(call)
+        if second is None:
+            whole.complete(error)
+        else:
+            second.then(lambda last: whole.complete(last.error, last.value))
+
+    pending.then(ended)
+    return whole
+
+
 async def settle(pending: Pending | None) -> Any:
     """For control code: the value of a node's call, however it was answered."""
     return None if pending is None else await pending.wait()

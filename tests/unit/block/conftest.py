@@ -6,12 +6,16 @@ import asyncio
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tcmu_replication.block.file import File
 from tcmu_replication.block.memory import Memory
 from tcmu_replication.block.node import Node
+from tcmu_replication.block.offload import Offload
+from tcmu_replication.block.pending import Pending
+from tcmu_replication.errors import Error
 
 MakeLeaf = Callable[[int], Node]
 
@@ -21,6 +25,24 @@ def make_image(path: Path, length: int) -> str:
     with open(path, "wb") as image:
         image.truncate(length)
     return str(path)
+
+
+class HeldOffload(Offload):
+    """Runs nothing until the test says so, on the test's own thread."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Callable[[], Any], str, Pending]] = []
+
+    def __call__(self, call: Callable[[], Any], doing: str) -> Pending:
+        self.calls.append((call, doing, Pending()))
+        return self.calls[-1][2]
+
+    def run_next(self) -> None:
+        call, _, pending = self.calls.pop(0)
+        try:
+            pending.complete(None, call())
+        except Error as error:
+            pending.complete(error)
 
 
 @pytest.fixture

@@ -16,9 +16,8 @@ from tcmu_replication.block import space
 from tcmu_replication.block.file import File
 from tcmu_replication.block.node import Extent
 from tcmu_replication.block.offload import Offload
-from tcmu_replication.block.pending import Pending
 from tcmu_replication.errors import Error, Kind
-from tests.unit.block.conftest import make_image
+from tests.unit.block.conftest import HeldOffload, make_image
 
 MiB = 1 << 20
 
@@ -26,24 +25,6 @@ MiB = 1 << 20
 @pytest.fixture
 def path(tmp_path: Path) -> str:
     return make_image(tmp_path / "image", MiB)
-
-
-class HeldOffload(Offload):
-    """Runs nothing until the test says so, on the test's own thread."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[Callable[[], Any], Pending]] = []
-
-    def __call__(self, call: Callable[[], Any], doing: str) -> Pending:
-        self.calls.append((call, Pending()))
-        return self.calls[-1][1]
-
-    def run_next(self) -> None:
-        call, pending = self.calls.pop(0)
-        try:
-            pending.complete(None, call())
-        except Error as error:
-            pending.complete(error)
 
 
 def uncached(fd: int, buffers: Any, offset: int, flags: int = 0) -> int:
