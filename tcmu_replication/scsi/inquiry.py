@@ -62,7 +62,7 @@ def _block_limits(unit: LogicalUnit) -> bytes:
         limits.compare_and_write,
         limits.granularity,
         limits.transfer,
-        limits.transfer,
+        limits.transfer - limits.transfer % limits.granularity,  # Linux heeds whole physical blocks only
         0,  # no PRE-FETCH
         limits.unmap,
         limits.unmap_descriptors,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tcmu_replication.block.memory import Memory
 from tcmu_replication.block.pending import Pending
@@ -363,6 +365,64 @@ def test_what_goes_on_by_itself_is_not_left_plugged() -> None:
     assert bench.node.unplugged == 0
     bench.node.end()
     assert bench.node.unplugged == 1
+
+
+_blocks = st.sampled_from([(0, 1), (0, 2), (1, 2)])
+_values = st.sampled_from(b"\0A")
+_events = st.one_of(
+    st.tuples(st.just("compare"), _blocks, _values, _values),
+    st.tuples(st.just("write"), _blocks, _values),
+    st.tuples(st.just("same"), _blocks, _values),
+    st.tuples(st.just("unmap"), _blocks),
+    st.tuples(st.just("end"), st.integers(0, 2)),
+    st.tuples(st.just("end"), st.integers(0, 2)),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(_events, min_size=8, max_size=60))
+def test_commands_that_overlap_behave_as_if_one_by_one(events: list[tuple]) -> None:
+    """The model takes each command whole when it ends; the recorder lets calls take effect when they end."""
+    bench = Bench(late=True)
+    model = bytearray(3 * BLOCK)
+    started = ended = 0
+
+    def start(task: Task, data_out: bytes, effect: bytes, expected: bytes | None = None) -> None:
+        nonlocal started
+        started += 1
+        begin = task.ranges[0][0] if task.ranges else task.offset
+        span = slice(begin, begin + len(effect))
+
+        def done(answer: Answer, filled: int) -> None:
+            nonlocal ended
+            ended += 1
+            if expected is not None and model[span] != expected:
+                assert str(sense_of(answer)) == "0E/1D/00"
+            else:
+                assert answer == GOOD
+                model[span] = effect
+
+        bench.runner.run(task, [memoryview(data_out)], [], done)
+
+    for kind, *about in events:
+        if kind == "end":
+            if bench.node.late:
+                bench.node.end(about[0] % len(bench.node.late))
+            continue
+        (lba, count), *letters = about
+        offset, length = lba * BLOCK, count * BLOCK
+        blocks = [bytes([letter]) * length for letter in letters]
+        if kind == "compare":
+            start(Task(Op.COMPARE_AND_WRITE, offset, length), b"".join(blocks), blocks[1], blocks[0])
+        elif kind == "write":
+            start(Task(Op.WRITE, offset, length), blocks[0], blocks[0])
+        elif kind == "same":
+            start(Task(Op.WRITE_SAME, offset, length, pattern=blocks[0][:BLOCK]), b"", blocks[0])
+        else:
+            start(Task(Op.UNMAP, ranges=((offset, length),)), b"", bytes(length))
+    bench.finish()
+    assert ended == started
+    assert bench.node.data[: len(model)] == model
 
 
 @pytest.mark.parametrize("where", [0, 1, 4 * KiB - 1, 4 * KiB, 9000])

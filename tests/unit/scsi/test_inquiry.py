@@ -115,6 +115,11 @@ def test_block_limits_page(block_size: int) -> None:
     assert struct.unpack(">Q", data[32:40]) == (32 * MiB // block_size,)
 
 
+def test_optimal_transfer_length_is_whole_granules() -> None:
+    data = page(0xB0, Disk(MiB, 512, max_transfer=1023 * 512))
+    assert struct.unpack(">II", data[4:12]) == (1023, 1016)
+
+
 def test_characteristics_page_reports_nothing() -> None:
     assert page(0xB1) == bytes(60)
 
