@@ -67,16 +67,17 @@ class PeerHello(Document, frozen=True, kw_only=True):
 
 
 class PeerState(Document, frozen=True, kw_only=True):
-    """Result of peer-hello: what the secondary has."""
+    """Result of peer-hello and peer-checkpoint: what the secondary has, and its recorded error."""
 
     stage: StageName
     epoch: Count
     generation: str
     length: Count
+    error: str | None = None
 
 
-class PeerCheckpoint(Document, frozen=True, kw_only=True):
-    """Arguments of peer-checkpoint: the epoch that begins."""
+class PeerEpoch(Document, frozen=True, kw_only=True):
+    """Arguments of peer-prepare and peer-checkpoint: the epoch that is about to end."""
 
     epoch: Count
 
@@ -228,7 +229,8 @@ COMMANDS = _table(
     Command("detach-device", DeviceArguments, None, OPERATOR, "The UIO device is going or gone."),
     Command("quit", Nothing, None, OPERATOR, "End the worker in order."),
     Command("peer-hello", PeerHello, PeerState, PEER, "The primary introduces itself."),
-    Command("peer-checkpoint", PeerCheckpoint, None, PEER, "The primary moves the secondary's epoch."),
+    Command("peer-prepare", PeerEpoch, None, PEER, "Get ready for the checkpoint that ends the epoch."),
+    Command("peer-checkpoint", PeerEpoch, PeerState, PEER, "End the epoch; the secondary begins the next."),
 )
 
 DEVICE_COMMANDS = _table(

@@ -19,7 +19,6 @@ nothing.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -31,8 +30,6 @@ from tcmu_replication import units
 from tcmu_replication.daemon.config_values import AbsolutePath, Address, Listen, Name, Serial, Size
 from tcmu_replication.errors import Error, Kind
 
-DIRECTORY = Path("/etc/tcmu-replication")
-RUN_DIRECTORY = Path("/run/tcmu-replication")
 SCSI_DEADLINE_S = 25.0
 """Before the kernel's 30 s a command is answered BUSY; whatever waits for the peer must end sooner."""
 MAX_FILE_LENGTH = 1 << 20
@@ -138,21 +135,6 @@ class Resource(_Resource, frozen=True, kw_only=True):
 def refusal(path: Path | str, key: str, found: str, expected: str) -> Error:
     """The one sentence of every wrong configuration."""
     return Error(Kind.BAD_CONFIG, f"{path}: {key}: found {found}; expected {expected}")
-
-
-def directory(option: str | Path | None = None) -> Path:
-    """Where resource files are: the option, or TCMU_REPLICATION_CONFIG, or /etc/tcmu-replication."""
-    return Path(option or os.environ.get("TCMU_REPLICATION_CONFIG") or DIRECTORY)
-
-
-def run_directory(option: str | Path | None = None) -> Path:
-    """Where control sockets are: the option, or TCMU_REPLICATION_RUN, or /run/tcmu-replication."""
-    return Path(option or os.environ.get("TCMU_REPLICATION_RUN") or RUN_DIRECTORY)
-
-
-def this_host(option: str | None = None) -> str:
-    """The name under which this host is looked for in resource files: the option or the node name."""
-    return option or os.environ.get("TCMU_REPLICATION_HOST") or os.uname().nodename
 
 
 def find(name: str, where: Path) -> Resource:

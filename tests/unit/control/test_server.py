@@ -41,7 +41,7 @@ class Worker:
                 "checkpoint": self.checkpoint,
                 "stop": self.stop,
                 "query-errors": self.broken,
-                "peer-checkpoint": self.start,
+                "peer-prepare": self.start,
             }
         )
 
@@ -304,16 +304,16 @@ def test_peer_port_takes_peer_commands_of_the_peers_address_only(
         await worker.server.listen_tcp("127.0.0.1", 0, peer="127.0.0.2")
         port = worker.server.tcp_port
         peer = await Connection.tcp("127.0.0.1", port, local="127.0.0.2", timeout=5)
-        assert await peer.execute("peer-checkpoint", {"epoch": 3}) == {}
+        assert await peer.execute("peer-prepare", {"epoch": 3}) == {}
         with pytest.raises(Error, match="has not been found"):
             await peer.execute("start")
         with pytest.raises(Error) as caught:
             await Connection.tcp("127.0.0.1", port, local="127.0.0.3", timeout=5)
         assert caught.value.kind is Kind.PEER_LOST
         worker.server.emit("REPLICATION_ERROR", schema.ErrorRecorded(error="for operators only"))
-        assert await peer.execute("peer-checkpoint", {"epoch": 4}) == {}
+        assert await peer.execute("peer-prepare", {"epoch": 4}) == {}
         peer.close()
-        assert worker.calls == [schema.PeerCheckpoint(epoch=3), schema.PeerCheckpoint(epoch=4)]
+        assert worker.calls == [schema.PeerEpoch(epoch=3), schema.PeerEpoch(epoch=4)]
 
     with_worker(tmp_path, body)
     assert "refused a connection from 127.0.0.3; the peer is 127.0.0.2" in caplog.text
@@ -326,7 +326,7 @@ def test_peer_learns_that_the_connection_ended(tmp_path: Path) -> None:
         await worker.server.close()
         assert await peer.lost
         with pytest.raises(Error) as caught:
-            await peer.execute("peer-checkpoint", {"epoch": 3})
+            await peer.execute("peer-prepare", {"epoch": 3})
         assert caught.value.kind is Kind.PEER_LOST
 
     with_worker(tmp_path, body)

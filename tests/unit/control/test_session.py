@@ -68,7 +68,11 @@ def test_command_without_a_handler_is_unknown() -> None:
 @pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_peer_gets_peer_commands_only(name: str) -> None:
     row = COMMANDS[name]
-    arguments = {"peer-hello": {"resource": "disk0", "protocol": 1}, "peer-checkpoint": {"epoch": 1}}
+    arguments = {
+        "peer-hello": {"resource": "disk0", "protocol": 1},
+        "peer-prepare": {"epoch": 1},
+        "peer-checkpoint": {"epoch": 1},
+    }
     line = json.dumps({"execute": name, "arguments": arguments.get(name, {})}).encode()
     answer = make(Privilege.PEER).receive(line)
     if row.privilege is Privilege.PEER:
@@ -97,7 +101,8 @@ def test_invalid_arguments_are_answered_and_the_session_goes_on() -> None:
 
 def test_query_commands_lists_what_can_be_called() -> None:
     names = {row["name"] for row in reply(make(Privilege.PEER), {"execute": "query-commands"})["return"]}
-    assert names == {"qmp_capabilities", "query-commands", "query-version", "peer-hello", "peer-checkpoint"}
+    peers = {"peer-hello", "peer-prepare", "peer-checkpoint"}
+    assert names == {"qmp_capabilities", "query-commands", "query-version", *peers}
 
 
 @pytest.mark.parametrize("message", [b"garbage", b"[]", b"{]", b'{"a":"\xff"}'])

@@ -222,14 +222,3 @@ def test_failover_meaning_is_asked_for_once_somewhere(tmp_path: Path) -> None:
     decided = config.load(write(tmp_path, GOOD.replace("[link]", 'failover = "checkpoint"\n[link]')))
     assert decided.failover_to(None) == "checkpoint"
     assert decided.failover_to("latest") == "latest"
-
-
-def test_directories_come_from_the_option_then_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in ("TCMU_REPLICATION_CONFIG", "TCMU_REPLICATION_RUN"):
-        monkeypatch.delenv(variable, raising=False)
-    assert config.directory() == Path("/etc/tcmu-replication")
-    assert config.run_directory() == Path("/run/tcmu-replication")
-    monkeypatch.setenv("TCMU_REPLICATION_CONFIG", "/a")
-    monkeypatch.setenv("TCMU_REPLICATION_RUN", "/b")
-    assert (config.directory(), config.run_directory()) == (Path("/a"), Path("/b"))
-    assert (config.directory("/c"), config.run_directory("/d")) == (Path("/c"), Path("/d"))

@@ -1,0 +1,82 @@
+"""Ask workers: one, or all at once, over their control sockets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tcmu_replication.control.client import Client
+from tcmu_replication.daemon.places import MANAGER, socket_path
+from tcmu_replication.errors import Error, Kind
+
+ANSWER_S = 60.0
+"""A checkpoint waits for the writes in flight, and those for a lost peer (25 s at most)."""
+STATUS_S = 5.0
+"""Status is answered from memory."""
+
+
+class Answer(NamedTuple):
+    """What became of a command at one resource: a result or an error."""
+
+    resource: str
+    result: Any = None
+    error: Error | None = None
+
+
+def ask(
+    run: Path, name: str, command: str, arguments: Mapping[str, Any] | None = None, timeout: float = ANSWER_S
+) -> Any:
+    """Give one worker a command and return its result; errors are named after the resource."""
+    try:
+        client = Client.unix(socket_path(run, name))
+    except Error as error:
+        raise Error(error.kind, f"{name}: {error}{_advice(run, name, error.kind)}") from error
+    with client:
+        try:
+            return client.execute(command, arguments, timeout)
+        except Error as error:
+            advice = _advice(run, name, error.kind) if error.kind is Kind.TIMED_OUT else ""
+            raise Error(error.kind, f"{name}: {error}{advice}") from error
+
+
+def attempt(name: str, call: Callable[[str], Any]) -> Answer:
+    """One answer, whatever happens."""
+    try:
+        return Answer(name, call(name))
+    except Error as error:
+        return Answer(name, error=error)
+
+
+def all_at_once(names: Sequence[str], call: Callable[[str], Any]) -> list[Answer]:
+    """The answers of several resources, asked at the same time, in the order of `names`."""
+    if len(names) < 2:
+        return [attempt(name, call) for name in names]
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(min(len(names), 32)) as pool:
+        return list(pool.map(lambda name: attempt(name, call), names))
+
+
+def workers(run: Path) -> dict[str, dict[str, Any]]:
+    """What the manager knows of each worker (schema.WorkerInfo); empty if it does not answer."""
+    try:
+        with Client.unix(socket_path(run, MANAGER)) as client:
+            return {row["name"]: row for row in client.execute("query-workers", timeout=STATUS_S)}
+    except Error:
+        return {}
+
+
+def _advice(run: Path, name: str, kind: Kind) -> str:
+    """What to do about a worker that does not answer."""
+    if kind is Kind.TIMED_OUT:
+        return f". The worker hangs; its log: `journalctl -u tcmu-replication --grep {name}`"
+    if kind is not Kind.NOT_FOUND:
+        return ""
+    known = workers(run)
+    if name in known:
+        row = known[name]
+        return f". The daemon says: {row['state']}" + (f", {row['error']}" if row.get("error") else "")
+    if known:
+        return ". The daemon runs but has no such resource: see `tcmu-replication check`"
+    return ". Is the daemon running? See `systemctl status tcmu-replication`"

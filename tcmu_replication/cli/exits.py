@@ -1,0 +1,43 @@
+"""Exit statuses: what a script can decide on."""
+
+from __future__ import annotations
+
+from tcmu_replication.errors import Kind
+
+FAILED, WRONG, STATE, ABSENT, DENIED, PEER, LATE = 1, 2, 3, 4, 5, 6, 7
+
+MEANINGS: dict[int, str] = {
+    0: "done",
+    FAILED: "it was tried and failed (I/O error, no space, ...), or an error is recorded",
+    WRONG: "wrong usage, or wrong configuration",
+    STATE: "not possible in this state, or in use",
+    ABSENT: "no such resource, or nobody serves it (down)",
+    DENIED: "not permitted (not root), or read-only",
+    PEER: "the peer is lost, or broke the protocol",
+    LATE: "no answer in time",
+}
+
+STATUS_OF_KIND: dict[Kind, int] = {
+    Kind.IO: FAILED,
+    Kind.NO_SPACE: FAILED,
+    Kind.OUT_OF_RANGE: WRONG,
+    Kind.UNALIGNED: WRONG,
+    Kind.UNSUPPORTED: WRONG,
+    Kind.INVALID_STATE: STATE,
+    Kind.BAD_REQUEST: WRONG,
+    Kind.BAD_CONFIG: WRONG,
+    Kind.NOT_FOUND: ABSENT,
+    Kind.READ_ONLY: DENIED,
+    Kind.MISCOMPARE: FAILED,
+    Kind.CONFLICT: STATE,
+    Kind.PERMISSION: DENIED,
+    Kind.PEER_LOST: PEER,
+    Kind.PEER_LIED: PEER,
+    Kind.TIMED_OUT: LATE,
+    Kind.CANCELLED: FAILED,
+}
+
+
+def table() -> str:
+    """The statuses as lines for --help."""
+    return "\n".join(f"  {status}  {meaning}" for status, meaning in MEANINGS.items())

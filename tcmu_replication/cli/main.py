@@ -1,0 +1,274 @@
+"""The command `tcmu-replication`: what can be typed.
+
+Starting is felt: this module imports click and what is cheap; everything else
+is imported by the subcommand that needs it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tcmu_replication import __version__
+from tcmu_replication.cli import exits
+from tcmu_replication.daemon import places
+from tcmu_replication.daemon.places import Context
+from tcmu_replication.errors import Error, Kind
+
+PROGRAM = "tcmu-replication"
+EPILOG = f"""\b
+Exit status:
+{exits.table()}
+
+\b
+Resource files are {places.CONFIG_DIRECTORY}/NAME.toml, control sockets
+{places.RUN_DIRECTORY}/NAME.sock. Options here come before the environment
+(TCMU_REPLICATION_CONFIG, _RUN, _HOST), and that before these defaults."""
+
+
+pass_context = click.make_pass_decorator(Context)
+
+
+def names_of(context: Context) -> list[str]:
+    """The resources that this host has a part in, those in files that are wrong included: it may."""
+    from tcmu_replication.daemon import config
+
+    resources, errors = config.load_all(context.config_directory)
+    mine = [name for name, resource in resources.items() if context.host in resource.hosts]
+    return sorted([*mine, *errors])
+
+
+def complete_name(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """Resource names for the shell, from the names of the files."""
+    options = context.find_root().params
+    directory = places.config_directory(options.get("config"))
+    return sorted(path.stem for path in directory.glob(f"{incomplete}*.toml"))
+
+
+def one_or_all(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The arguments of a command for NAME or --all, and its --json."""
+    function = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")(function)
+    function = click.option("--all", "everything", is_flag=True, help="Every resource of this host.")(
+        function
+    )
+    return click.argument("name", required=False, shell_complete=complete_name)(function)
+
+
+@click.group(
+    epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
+@click.option("--config", metavar="DIR", help="Where the resource files are.")
+@click.option("--run", metavar="DIR", help="Where the control sockets are.")
+@click.option("--host", metavar="NAME", help="This host's name in the resource files, if not the node name.")
+@click.version_option(__version__, prog_name=PROGRAM)
+@click.pass_context
+def cli(context: click.Context, config: str | None, run: str | None, host: str | None) -> None:
+    """Replicated block storage for the Linux iSCSI target."""
+    context.obj = places.context(config, run, host)
+
+
+@cli.command()
+@pass_context
+def daemon(context: Context) -> None:
+    """Serve every resource of this host and every LUN of our handlers.
+
+    One worker process each, started again when it dies. SIGHUP reads the
+    resource files again, SIGTERM ends the workers in order.
+    """
+    from tcmu_replication.daemon import manager
+
+    manager.run(context)
+
+
+@cli.command()
+@click.argument("name", required=False, shell_complete=complete_name)
+@click.option("--device", metavar="uioN", help="Serve the LUN behind this UIO device instead of a resource.")
+@pass_context
+def serve(context: Context, name: str | None, device: str | None) -> None:
+    """Serve one resource in the foreground: the worker that the daemon starts."""
+    if (name is None) == (device is None):
+        raise click.UsageError("say which: NAME or --device uioN")
+    from tcmu_replication.daemon import program, worker
+
+    with program.running(name or device or ""):
+        if name is not None:
+            worker.serve(name, context)
+        elif device is not None:
+            worker.serve_device(device, context)
+
+
+@cli.command()
+@click.argument("name", required=False, shell_complete=complete_name)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: a document for NAME, else a list of them.")
+@click.option("--watch", is_flag=True, help="Go on showing it, until Ctrl-C.")
+@pass_context
+def status(context: Context, name: str | None, as_json: bool, watch: bool) -> None:
+    """Show what resources do: mode, stage, link, what is dirty, jobs, errors.
+
+    A resource whose worker does not answer is shown as "down", and makes the
+    exit status 4.
+    """
+    from tcmu_replication.cli import status as view
+
+    names = [name] if name else [*names_of(context), *view.devices(context.run_directory)]
+    view.run(context.run_directory, names, detailed=bool(name), as_json=as_json, watch=watch)
+
+
+@cli.command()
+@one_or_all
+@click.option(
+    "--assume-clean", is_flag=True, help="Both disks hold the same data, I know it, do not compare."
+)
+@pass_context
+def start(context: Context, name: str | None, everything: bool, as_json: bool, assume_clean: bool) -> None:
+    """Begin to replicate. Start the secondary first.
+
+    A primary refuses while its record says that the disks may differ;
+    --assume-clean overrules the record and is answered with your data if it is
+    wrong.
+    """
+    arguments = {"assume-clean": True} if assume_clean else {}
+    _command(context, name, everything, as_json, "start", lambda _: arguments, lambda _: "started")
+
+
+@cli.command()
+@one_or_all
+@pass_context
+def checkpoint(context: Context, name: str | None, everything: bool, as_json: bool) -> None:
+    """Make the present the new baseline.
+
+    On a running primary it moves the pair: new writes are held until both
+    hosts have changed over.
+    """
+    _command(context, name, everything, as_json, "checkpoint", lambda _: {}, _checkpoint_line)
+
+
+@cli.command()
+@one_or_all
+@click.option(
+    "--to", type=click.Choice(["latest", "checkpoint"]), help="What this host shall hold afterwards."
+)
+@click.option("--wait", is_flag=True, help="Wait for the commit behind it, with a progress bar.")
+@pass_context
+def failover(
+    context: Context, name: str | None, everything: bool, as_json: bool, to: str | None, wait: bool
+) -> None:
+    """Make this host the one that counts.
+
+    \b
+    --to latest      everything that the primary had acknowledged; this host's own
+                     writes since the last checkpoint are dropped. For an initiator
+                     that lives on and was told that its writes are safe.
+    --to checkpoint  the last checkpoint plus this host's own writes; what the
+                     primary wrote since is undone. For a consumer that goes back
+                     to the checkpoint itself (a COLO or Remus VM).
+
+    Without --to the resource file's `failover` says which. The LUN is writable
+    at once; a commit may run behind (see status).
+    """
+
+    def arguments(resource: str) -> dict[str, str]:
+        if to is not None:
+            return {"to": to}
+        from tcmu_replication.daemon import config
+
+        return {"to": config.find(resource, context.config_directory).failover_to(None)}
+
+    names = _command(context, name, everything, as_json, "failover", arguments, _failover_line)
+    if wait:
+        from tcmu_replication.cli import waiting
+
+        for resource in names:
+            waiting.for_jobs(context.run_directory, resource, quiet=as_json)
+
+
+@cli.command()
+@one_or_all
+@pass_context
+def stop(context: Context, name: str | None, everything: bool, as_json: bool) -> None:
+    """Stop replicating without a failover.
+
+    A secondary makes a last checkpoint and then serves its disk.
+    """
+    _command(context, name, everything, as_json, "stop", lambda _: {}, lambda _: "stopped")
+
+
+@cli.command()
+@click.argument("name", required=False, shell_complete=complete_name)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+@pass_context
+def errors(context: Context, name: str | None, as_json: bool) -> None:
+    """Show recorded replication errors; exit status 1 if there is one."""
+    from tcmu_replication.cli import actions
+
+    results = actions.run(
+        context.run_directory,
+        [name] if name else names_of(context),
+        "query-errors",
+        lambda _: {},
+        lambda result: result.get("desc") or "no error",
+        as_json=as_json,
+    )
+    if any(result["error"] for result in results.values()):
+        sys.exit(exits.FAILED)
+
+
+@cli.command()
+@click.argument("file", required=False, type=click.Path(path_type=Path))
+@pass_context
+def check(context: Context, file: Path | None) -> None:
+    """Check resource files against this host, and change nothing.
+
+    Without FILE every resource file is checked.
+    """
+    from tcmu_replication.cli import checking
+
+    checking.run([file] if file else None, context.config_directory, context.host)
+
+
+def main() -> None:
+    """The entry point: an `Error` becomes one line on standard error and an exit status."""
+    try:
+        cli.main(prog_name=PROGRAM)
+    except Error as error:
+        click.echo(f"{PROGRAM}: {error}", err=True)
+        sys.exit(exits.STATUS_OF_KIND[error.kind])
+
+
+def _command(
+    context: Context,
+    name: str | None,
+    everything: bool,
+    as_json: bool,
+    command: str,
+    arguments: Callable[[str], dict[str, Any]],
+    line: Callable[[dict[str, Any]], str],
+) -> list[str]:
+    """Give a command to NAME or to all; returns the names."""
+    from tcmu_replication.cli import actions
+
+    if (name is None) != everything:
+        raise click.UsageError("say which: NAME or --all")
+    names = [name] if name else names_of(context)
+    if not names:
+        raise Error(
+            Kind.NOT_FOUND, f"no resource in {context.config_directory} has a part on host {context.host}"
+        )
+    actions.run(context.run_directory, names, command, arguments, line, as_json=as_json)
+    return names
+
+
+def _checkpoint_line(result: dict[str, Any]) -> str:
+    if not result:
+        return "nothing to do: it does not replicate any more"
+    return f"checkpoint: epoch {result['epoch']}, writes were held {result['pause-ms']:.1f} ms"
+
+
+def _failover_line(result: dict[str, Any]) -> str:
+    if not result:
+        return "nothing to do: this host counts already"
+    return f"failover to {result['to']}: the LUN is writable, stage {result['stage']}"

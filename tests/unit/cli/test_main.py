@@ -1,0 +1,365 @@
+"""The command line against a control server with canned bodies, as its own process and within."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from tcmu_replication.cli import exits, main, waiting
+from tcmu_replication.control import schema
+from tcmu_replication.control.server import Server
+from tcmu_replication.errors import Error, Kind
+from tests.unit.control.documents import status
+from tests.unit.daemon.test_config import GOOD
+
+COMMANDS = ["daemon", "serve", "status", "start", "checkpoint", "failover", "stop", "errors", "check"]
+
+
+class Workers:
+    """Control servers in a thread of their own; `calls` is what was asked of them."""
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+        self.calls: list[tuple[str, Any]] = []
+        self.loop = asyncio.new_event_loop()
+        self.servers: list[Server] = []
+        self.thread = threading.Thread(target=self.loop.run_forever)
+        self.thread.start()
+
+    def serve(self, name: str, table: dict[str, schema.Command] = schema.COMMANDS, **bodies: Any) -> None:
+        """Answer as `name`; a body is a result, an Error to raise, or a list of these to give one by one."""
+
+        def handler(command: str, body: Any) -> Callable[..., Any]:
+            async def answer(arguments: Any, session: object) -> Any:
+                self.calls.append((command, arguments))
+                result = body.pop(0) if isinstance(body, list) and command != "query-workers" else body
+                if isinstance(result, Error):
+                    raise result
+                return result
+
+            return answer
+
+        names = {key.replace("_", "-"): body for key, body in bodies.items()}
+        server = Server({key: handler(key, body) for key, body in names.items()}, table)
+        self._call(server.listen_unix(self.run / f"{name}.sock"))
+        self.servers.append(server)
+
+    def close(self) -> None:
+        for server in self.servers:
+            self._call(server.close())
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
+        self.loop.close()
+
+    def _call(self, coroutine: Any) -> None:
+        asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(10)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A host "beta" with the resources disk0 and disk1, and gamma's that is not its own."""
+    directory, run = tmp_path / "etc", tmp_path / "run"
+    directory.mkdir()
+    run.mkdir()
+    for name in ("disk0", "disk1"):
+        (directory / f"{name}.toml").write_text(GOOD.replace("disk0", name))
+    (directory / "other.toml").write_text(GOOD.replace("disk0", "other").replace("host.beta", "host.gamma"))
+    monkeypatch.setenv("TCMU_REPLICATION_CONFIG", str(directory))
+    monkeypatch.setenv("TCMU_REPLICATION_RUN", str(run))
+    monkeypatch.setenv("TCMU_REPLICATION_HOST", "beta")
+    return tmp_path
+
+
+@pytest.fixture
+def workers(place: Path) -> Iterator[Workers]:
+    workers = Workers(place / "run")
+    yield workers
+    workers.close()
+
+
+def command(*arguments: str) -> Result:
+    """Run the command line as `main` does, in this process."""
+    runner = CliRunner()
+    result = runner.invoke(main.cli, list(arguments))
+    if isinstance(result.exception, Error):
+        result.exit_code = exits.STATUS_OF_KIND[result.exception.kind]
+        result.stderr_bytes = (result.stderr_bytes or b"") + str(result.exception).encode()
+    elif result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def test_help_names_every_command_and_exit_status() -> None:
+    text = command("--help").stdout
+    assert all(f"  {name} " in text for name in COMMANDS)
+    assert all(f"  {status}  {meaning}" in text for status, meaning in exits.MEANINGS.items())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_each_command(name: str) -> None:
+    result = command(name, "--help")
+    assert result.exit_code == 0
+    assert main.cli.commands[name].get_short_help_str().rstrip(".") in result.stdout
+
+
+def test_help_of_failover_explains_both_meanings() -> None:
+    text = command("failover", "--help").stdout
+    assert "everything that the primary had acknowledged" in text
+    assert "the last checkpoint plus this host's own writes" in text
+
+
+def test_no_heavy_import_for_a_plain_command(workers: Workers) -> None:
+    """What an operator types at three in the morning on a slow host must not load half of Python."""
+    workers.serve("disk0", stop=None)
+    program = (
+        "import sys\nfrom tcmu_replication.cli.main import cli\n"
+        "cli.main(['stop', 'disk0'], standalone_mode=False)\n"
+        "print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    answer, modules = done.stdout.splitlines()
+    assert answer == "disk0: stopped"
+    heavy = {"asyncio", "rich", "msgspec", "pyudev", "tomllib", "concurrent", "rtslib_fb"}
+    assert not heavy & set(modules.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "asked", "body", "printed"),
+    [
+        (["start", "disk0"], schema.Start(), None, "disk0: started"),
+        (["start", "disk0", "--assume-clean"], schema.Start(assume_clean=True), None, "disk0: started"),
+        (
+            ["checkpoint", "disk0"],
+            schema.Nothing(),
+            schema.Checkpoint(epoch=8, at="2026-01-02T03:04:05Z", pause_ms=1.25),
+            "disk0: checkpoint: epoch 8, writes were held 1.2 ms",
+        ),
+        (["checkpoint", "disk0"], schema.Nothing(), None, "disk0: nothing to do"),
+        (
+            ["failover", "disk0", "--to", "latest"],
+            schema.Failover(to="latest"),
+            schema.FailoverStarted(to="latest", stage="done"),
+            "disk0: failover to latest: the LUN is writable, stage done",
+        ),
+        (["stop", "disk0"], schema.Nothing(), None, "disk0: stopped"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_command_reaches_its_worker_and_says_what_became_of_it(
+    workers: Workers, arguments: list[str], asked: Any, body: Any, printed: str
+) -> None:
+    workers.serve("disk0", **{arguments[0]: body})
+    result = command(*arguments)
+    assert (result.exit_code, workers.calls) == (0, [(arguments[0], asked)])
+    assert printed in result.stdout
+
+
+@pytest.mark.parametrize("kind", Kind, ids=lambda kind: kind.name)
+def test_error_of_a_worker_is_told_and_decides_the_exit_status(workers: Workers, kind: Kind) -> None:
+    workers.serve("disk0", start=Error(kind, "a sentence"))
+    result = command("start", "disk0")
+    assert "disk0: a sentence" in result.stderr
+    assert result.exit_code == exits.STATUS_OF_KIND[kind]
+
+
+@pytest.mark.parametrize("name", ["start", "checkpoint", "failover", "stop"])
+@pytest.mark.parametrize("arguments", [[], ["disk0", "--all"]], ids=["neither", "both"])
+def test_name_or_all_must_be_said(place: Path, name: str, arguments: list[str]) -> None:
+    result = command(name, *arguments)
+    assert result.exit_code == exits.WRONG
+    assert "say which: NAME or --all" in result.stderr
+
+
+def test_all_asks_this_hosts_resources_at_the_same_time(workers: Workers) -> None:
+    """Each waits for the other, so that one after the other would never end."""
+    both = threading.Barrier(2, timeout=10)
+    checkpoint = schema.Checkpoint(epoch=1, at="2026-01-02T03:04:05Z", pause_ms=1)
+
+    async def meet(arguments: Any, session: object) -> schema.Checkpoint:
+        await asyncio.get_running_loop().run_in_executor(None, both.wait)
+        return checkpoint
+
+    for name in ("disk0", "disk1"):
+        server = Server({"checkpoint": meet})
+        workers._call(server.listen_unix(workers.run / f"{name}.sock"))
+        workers.servers.append(server)
+    result = command("checkpoint", "--all")
+    assert result.exit_code == 0
+    assert [line.partition(":")[0] for line in result.stdout.splitlines()] == ["disk0", "disk1"]
+
+
+def test_all_goes_on_after_a_failure_and_ends_with_its_status(workers: Workers) -> None:
+    workers.serve("disk0", stop=Error(Kind.INVALID_STATE, "Block replication is not running"))
+    workers.serve("disk1", stop=None)
+    result = command("stop", "--all")
+    assert result.exit_code == exits.STATE
+    assert result.stderr == "disk0: Block replication is not running\n"
+    assert result.stdout == "disk1: stopped\n"
+
+
+def test_json_of_actions(workers: Workers) -> None:
+    workers.serve("disk0", stop=Error(Kind.INVALID_STATE, "no"))
+    workers.serve("disk1", stop=None)
+    result = command("stop", "--all", "--json")
+    assert json.loads(result.stdout) == [
+        {"resource": "disk0", "error": {"kind": "invalid-state", "desc": "disk0: no"}},
+        {"resource": "disk1", "result": {}},
+    ]
+
+
+def test_failover_without_a_meaning_explains_both_and_asks_nobody(workers: Workers) -> None:
+    workers.serve("disk0", failover=None)
+    result = command("failover", "disk0")
+    assert result.exit_code == exits.WRONG
+    assert "--to latest or --to checkpoint" in result.stderr
+    assert "acknowledged" in result.stderr
+    assert "own writes" in result.stderr
+    assert workers.calls == []
+
+
+def test_failover_means_what_the_resource_file_says(workers: Workers, place: Path) -> None:
+    path = place / "etc" / "disk0.toml"
+    path.write_text(GOOD.replace("[link]", 'failover = "checkpoint"\n[link]'))
+    workers.serve("disk0", failover=None)
+    assert command("failover", "disk0").exit_code == 0
+    assert workers.calls == [("failover", schema.Failover(to="checkpoint"))]
+
+
+def commit(offset: int) -> schema.Job:
+    return schema.Job(id="commit", type="commit", offset=offset, length=100, status="running")
+
+
+def test_failover_waits_for_its_commit(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting, "PERIOD_S", 0)
+    steps = [status(stage="failover", jobs=[commit(offset)]) for offset in (10, 60, 100)]
+    started = schema.FailoverStarted(to="checkpoint", stage="failover")
+    workers.serve("disk0", failover=started, query_status=[*steps, status(stage="done")])
+    result = command("failover", "disk0", "--to", "checkpoint", "--wait")
+    assert result.exit_code == 0
+    assert result.stdout.endswith("disk0: stage done\n")
+
+
+def test_failover_that_fails_behind_is_told_by_wait(
+    workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(waiting, "PERIOD_S", 0)
+    started = schema.FailoverStarted(to="checkpoint", stage="failover")
+    steps = [status(stage="failover", jobs=[commit(10)]), status(stage="failover-failed", error="no space")]
+    workers.serve("disk0", failover=started, query_status=steps)
+    result = command("failover", "disk0", "--to", "checkpoint", "--wait")
+    assert result.exit_code == exits.FAILED
+    assert "the commit failed: no space" in result.stderr
+
+
+def test_worker_that_is_not_there(place: Path) -> None:
+    result = command("checkpoint", "disk0")
+    assert result.exit_code == exits.ABSENT
+    assert "disk0: nobody serves at" in result.stderr
+    assert "Is the daemon running?" in result.stderr
+
+
+def test_worker_that_is_not_there_and_why(workers: Workers) -> None:
+    why = schema.WorkerInfo(name="disk0", state="failed", error="disk0.toml: host.beta.disk: found nothing")
+    workers.serve("_manager", schema.MANAGER_COMMANDS, query_workers=[why])
+    result = command("checkpoint", "disk0")
+    assert "The daemon says: failed, disk0.toml: host.beta.disk: found nothing" in result.stderr
+    assert "has no such resource" in command("checkpoint", "disk9").stderr
+
+
+def test_status_of_all_shows_who_is_down(workers: Workers) -> None:
+    workers.serve("disk0", query_status=status(jobs=[commit(45)]))
+    result = command("status")
+    assert result.exit_code == exits.ABSENT
+    header, first, second = result.stdout.splitlines()
+    assert header.split()[:4] == ["RESOURCE", "MODE", "STAGE", "EPOCH"]
+    assert first.split()[:4] == ["disk0", "secondary", "running", "7"]
+    assert "connected 192.0.2.1" in first
+    assert "commit 45 %" in first
+    assert second.split()[:3] == ["disk1", "-", "down"]
+    assert "other" not in result.stdout
+
+
+def test_status_of_one_in_words(workers: Workers) -> None:
+    workers.serve("disk0", query_status=status(jobs=[commit(45)], error="I/O error occurred"))
+    result = command("status", "disk0")
+    assert result.exit_code == 0
+    for words in (
+        "disk0: running",
+        "secondary on beta",
+        "active 4 KiB, hidden 1 MiB",
+        "2 in flight (8 KiB)",
+        "writes were held 1.5 ms",
+        "I/O error occurred",
+        "uio0: 10 commands",
+        "commit [#########-----------]  45 %",
+    ):
+        assert words in result.stdout
+
+
+def test_status_json_is_the_document_that_travels(workers: Workers) -> None:
+    workers.serve("disk0", query_status=status())
+    document = json.loads(command("status", "disk0", "--json").stdout)
+    assert document == schema.COMMANDS["query-status"].encode(status())
+    everything = json.loads(command("status", "--json").stdout)
+    assert everything[0] == document
+    assert (everything[1]["resource"], everything[1]["stage"]) == ("disk1", "down")
+
+
+def test_status_shows_luns_of_other_handlers(workers: Workers) -> None:
+    lun = schema.DeviceStatus(
+        device="uio3", subtype="file", config="/srv/image", size=1 << 20, pid=1, version="0.1.0"
+    )
+    workers.serve("uio3", schema.DEVICE_COMMANDS, query_status=lun)
+    assert command("status").stdout.splitlines()[-1].split()[:3] == ["uio3", "/srv/image", "file"]
+    assert "handler      file" in command("status", "uio3").stdout
+
+
+def test_errors_of_all(workers: Workers) -> None:
+    workers.serve("disk0", query_errors=schema.ErrorStatus(error=True, desc="I/O error occurred"))
+    workers.serve("disk1", query_errors=schema.ErrorStatus(error=False))
+    result = command("errors")
+    assert result.stdout == "disk0: I/O error occurred\ndisk1: no error\n"
+    assert result.exit_code == exits.FAILED
+    assert command("errors", "disk1").exit_code == 0
+
+
+def test_check_says_what_is_wrong_with_which_file(place: Path) -> None:
+    result = command("check")
+    assert result.exit_code == exits.WRONG
+    assert "disk0.toml: host.beta.disk: found /dev/vdb (No such file" in result.stderr
+    assert "other.toml: good, and beta has no part in it" in result.stdout
+
+
+def test_check_of_a_good_file(place: Path) -> None:
+    disk, overlays = place / "disk", place / "overlays"
+    with disk.open("wb") as file:
+        file.truncate(256 << 20)
+    overlays.mkdir()
+    path = place / "etc" / "disk0.toml"
+    path.write_text(GOOD.replace("/dev/vdb", str(disk)).replace("/var/lib/overlays", str(overlays)))
+    (place / "etc" / "disk1.toml").unlink()
+    result = command("check", str(path))
+    assert (result.exit_code, result.stdout) == (0, f"{path}: good, secondary on beta\n")
+
+
+def test_main_turns_an_error_into_a_line_and_a_status(place: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tcmu_replication", "failover", "nonsense"], capture_output=True, text=True
+    )
+    assert done.returncode == exits.WRONG
+    assert "nonsense.toml: file: found No such file" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_names_complete_from_the_resource_files(place: Path) -> None:
+    context = main.cli.make_context("tcmu-replication", ["status", "x"])
+    assert main.complete_name(context, main.cli.params[0], "disk") == ["disk0", "disk1"]
