@@ -7,6 +7,7 @@ the handler has answered, and both would wait for ever.
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 from tcmu_replication.errors import Error, Kind, from_os
@@ -76,12 +77,12 @@ class Backstore:
 
     @property
     def product(self) -> str:
-        """Product identification, for INQUIRY."""
+        """Product identification, for INQUIRY; empty if nobody set it."""
         return self.read("wwn/product_id")
 
     @property
     def revision(self) -> str:
-        """Product revision, for INQUIRY."""
+        """Product revision, for INQUIRY; empty if nobody set it."""
         return self.read("wwn/revision")
 
     @property
@@ -115,9 +116,11 @@ class Backstore:
     def _write(self, attribute: str, value: str) -> None:
         path = self.path / attribute
         try:
-            # Unbuffered, and never created: an attribute takes one write.
-            with open(path, "r+b", buffering=0) as file:
-                file.write(value.encode())
+            fd = os.open(path, os.O_WRONLY)  # some cannot be read; none may be created
+            try:
+                os.write(fd, value.encode())
+            finally:
+                os.close(fd)
         except OSError as error:
             if error.errno == errno.EINVAL and attribute.startswith("action/"):
                 refused = f"write {value} to {path}: refused; is the backstore enabled?"

@@ -101,7 +101,20 @@ def test_action_before_enable_has_finished_says_what_is_wrong(backstore, monkeyp
     def refuse(*_args, **_kwargs):
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
-    monkeypatch.setattr(configfs, "open", refuse, raising=False)
+    monkeypatch.setattr(configfs.os, "write", refuse)
     with pytest.raises(Error, match="enabled") as caught:
         backstore.reset_ring()
     assert caught.value.kind is Kind.INVALID_STATE
+
+
+def test_switch_is_opened_for_writing_only_as_some_cannot_be_read(backstore, monkeypatch):
+    flags = []
+
+    def opened(_path, how):
+        flags.append(how)
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(configfs.os, "open", opened)
+    with pytest.raises(Error) as caught:
+        backstore.reset_ring()
+    assert (flags, caught.value.kind) == ([os.O_WRONLY], Kind.PERMISSION)
