@@ -16,8 +16,10 @@ from collections import deque
 
 from tcmu_replication.nbd.stream import CAPACITY, KEEP, Memory, capacity_for
 
-_MAX_BUFFERS = 512
-"""Buffers in one sendmsg; Linux takes 1024 (UIO_MAXIOV)."""
+MAX_BUFFERS = 1024
+"""Buffers in one sendmsg (UIO_MAXIOV of Linux)."""
+
+Queue = deque[bytes | memoryview]
 
 
 class Outbox:
@@ -29,7 +31,7 @@ class Outbox:
         self._capacity = CAPACITY
         self._laid = 0
         self._run = 0
-        self._queue: deque[memoryview] = deque()
+        self._queue: Queue = deque()
 
     def reserve(self, length: int) -> int:
         """Room for a reply of `length` bytes: its place in `memory.data`, which this call may replace."""
@@ -80,12 +82,12 @@ class Outbox:
                 sent = (
                     sock.send(queue[0])
                     if len(queue) == 1
-                    else sock.sendmsg(itertools.islice(queue, _MAX_BUFFERS))
+                    else sock.sendmsg(itertools.islice(queue, MAX_BUFFERS))
                 )
             except (BlockingIOError, InterruptedError):
                 return False
             self.size -= sent
-            drop_sent(queue, sent)
+            drop_first(queue, sent)
         if not self.memory.held:
             self._run = self._laid = 0
             if self._capacity > KEEP:
@@ -94,12 +96,12 @@ class Outbox:
         return True
 
 
-def drop_sent(queue: deque[memoryview], sent: int) -> None:
-    """Remove the first `sent` bytes of a queue of buffers."""
-    while sent:
-        first = len(queue[0])
-        if sent < first:
-            queue[0] = queue[0][sent:]
+def drop_first(queue: Queue | deque[memoryview], count: int) -> None:
+    """Remove the first `count` bytes of a queue of buffers."""
+    while count:
+        first = queue[0]
+        if count < len(first):
+            queue[0] = first[count:]  # type: ignore[assignment]
             return
-        sent -= first
+        count -= len(first)
         queue.popleft()

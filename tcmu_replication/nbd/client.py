@@ -1,0 +1,448 @@
+"""One connection to an NBD server: connect, then many calls in flight on one socket.
+
+Calls are sent together, their data straight from the caller's memory, and
+replies are taken together, read data straight to the caller's memory where it
+is long. A `Session` ends once: because it was closed, lost, because the server
+broke the protocol, or because it left a call unanswered for too long. It does
+not reconnect; what was unanswered is then still in `calls`, in the order sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import socket
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from tcmu_replication.errors import Error, Kind
+from tcmu_replication.nbd import protocol, transmission
+from tcmu_replication.nbd.handshake_client import Agreement, ClientHandshake
+from tcmu_replication.nbd.outbox import MAX_BUFFERS, Queue, drop_first
+from tcmu_replication.nbd.protocol import Chunk, Command
+from tcmu_replication.nbd.stream import Stream
+from tcmu_replication.nbd.transmission import Reply
+from tcmu_replication.nbd.uri import Address, Unix
+
+_READ = int(Command.READ)
+_WRITE = int(Command.WRITE)
+
+
+class Call:
+    """A request of one connection, to be sent again on another if that one is lost.
+
+    `buffers` are what a WRITE sends, or what a READ fills. `place` says where
+    a part of the read data goes, `ended` is called once with the outcome, and
+    a BLOCK_STATUS finds its (length, state) pairs in `extents`.
+    """
+
+    __slots__ = ("_parts", "batch", "buffers", "command", "error", "extents", "flags", "length", "offset")
+
+    def __init__(
+        self, command: Command, offset: int, length: int, buffers: Sequence[memoryview] = (), flags: int = 0
+    ) -> None:
+        self.command = command
+        self.offset = offset
+        self.length = length
+        self.buffers = buffers
+        self.flags = flags
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget a reply that was cut off."""
+        self.batch: Batch | None = None
+        self.extents: list[tuple[int, int]] = []
+        self.error: Error | None = None
+        self._parts: list[tuple[int, int]] | None = None
+
+    def place(self, start: int, length: int) -> list[memoryview]:
+        """The parts of `buffers` for `length` bytes, `start` bytes into the call."""
+        raise NotImplementedError
+
+    def ended(self, error: Error | None) -> None:
+        """The reply is complete."""
+        raise NotImplementedError
+
+    # What a session tells a call
+
+    def failed(self, error: Error) -> None:
+        """The server says that the call failed; its first reason counts."""
+        self.error = self.error or error
+
+    def take(self, offset: int, length: int) -> list[memoryview]:
+        """Where a data chunk goes. Raises Error PEER_LIED if it lies outside the call."""
+        start = offset - self.offset
+        if self.command != _READ or start < 0 or length <= 0 or start + length > self.length:
+            raise Error(Kind.PEER_LIED, "data for what was not asked", offset=offset, length=length)
+        self._parts = self._parts or []
+        self._parts.append((start, start + length))
+        return self.place(start, length)
+
+    def check(self) -> None:
+        """The last chunk is in. Raises Error PEER_LIED if parts are missing or came twice."""
+        if self.error is not None:
+            return
+        if self.command == _READ:
+            end = 0
+            for start, stop in sorted(self._parts or ()):
+                if start != end:
+                    raise Error(Kind.PEER_LIED, "a reply with a gap", offset=self.offset, length=self.length)
+                end = stop
+            if end != self.length:
+                raise Error(Kind.PEER_LIED, "a reply too short", offset=self.offset, length=self.length)
+        if self.command == Command.BLOCK_STATUS and not self.extents:
+            raise Error(Kind.PEER_LIED, "a block status without any", offset=self.offset, length=self.length)
+
+
+class Batch:
+    """Calls that were sent together: the stream's position behind them and when that was reached."""
+
+    __slots__ = ("end", "sent_at")
+
+    def __init__(self, end: int) -> None:
+        self.end = end
+        self.sent_at: float | None = None
+
+
+class Session:
+    """A connection in the transmission phase.
+
+    `answered()` is called after each batch of replies, `lost(error)` once, from
+    the loop and never from within `send`, unless `close` was called before.
+    `timeout_s` is how long the server may take to answer a call that it has
+    been sent.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        agreement: Agreement,
+        received: bytes,
+        *,
+        timeout_s: float,
+        answered: Callable[[], None],
+        lost: Callable[[Error], None],
+    ) -> None:
+        self.agreement = agreement
+        self.calls: dict[int, Call] = {}
+        self.closed = False
+        self._sock = sock
+        self._loop = asyncio.get_running_loop()
+        self._stream = Stream(received)
+        self._need = 1
+        self._fill: deque[memoryview] = deque()
+        self._filled: Reply | None = None
+        self._heard_at = 0.0
+        self._out: Queue = deque()
+        self._queued = self._sent = 0
+        self._sent_at = 0.0
+        self._batches: deque[Batch] = deque()
+        self._cookies = itertools.count(1)
+        self._timeout_s = timeout_s
+        self._watch: asyncio.TimerHandle | None = None
+        self._answered = answered
+        self._lost = lost
+        self._loop.add_reader(sock, self._readable)
+
+    def close(self) -> None:
+        """Say goodbye if the socket takes it, and close. `calls` keeps what was unanswered. Twice is fine."""
+        if self.closed:
+            return
+        self.closed = True
+        self._loop.remove_reader(self._sock)
+        self._loop.remove_writer(self._sock)
+        if self._watch is not None:
+            self._watch.cancel()
+        if not self._out:
+            # If the socket is gone or full, closing it says the same.
+            with contextlib.suppress(OSError):
+                self._sock.send(transmission.request(Command.DISC, 0))
+        self._sock.close()
+
+    def _lose(self, error: Error) -> None:
+        if not self.closed:
+            self._out.clear()
+            self._out.append(b"")  # no goodbye to a server that we gave up
+            self.close()
+            self._lost(error)
+
+    # Sending
+
+    def send(self, calls: Sequence[Call]) -> None:
+        """Send calls in this order, now as far as the socket takes them. Never raises."""
+        out = self._out
+        idle = not out
+        queued = self._queued
+        pack = protocol.REQUEST.pack
+        batch = Batch(0)
+        for call in calls:
+            cookie = next(self._cookies)
+            self.calls[cookie] = call
+            call.batch = batch
+            command = call.command
+            out.append(
+                pack(protocol.REQUEST_MAGIC, call.flags, command, cookie, call.offset, call.length)
+            )
+            queued += transmission.REQUEST_SIZE
+            if command == _WRITE:
+                out.extend(call.buffers)
+                queued += call.length
+        self._queued = batch.end = queued
+        self._batches.append(batch)
+        if self._watch is None:
+            self._watch = self._loop.call_later(self._timeout_s, self._check)
+        if idle:
+            self._sent_at = self._loop.time()
+            self._flush()
+
+    def _flush(self) -> None:
+        """Send what is queued, and wait for the socket if it does not take all."""
+        out = self._out
+        try:
+            while out:
+                sent = self._sock.sendmsg(
+                    out if len(out) <= MAX_BUFFERS else itertools.islice(out, MAX_BUFFERS)
+                )
+                self._sent += sent
+                if self._sent == self._queued:
+                    out.clear()
+                else:
+                    drop_first(out, sent)
+        except (BlockingIOError, InterruptedError):
+            self._loop.add_writer(self._sock, self._writable)
+        except OSError as error:
+            self._loop.call_soon(self._lose, Error(Kind.PEER_LOST, f"send: {error.strerror}"))
+        batches = self._batches
+        now = self._loop.time()
+        while batches and batches[0].end <= self._sent:
+            batches.popleft().sent_at = now
+        self._sent_at = now
+
+    def _writable(self) -> None:
+        self._loop.remove_writer(self._sock)
+        self._flush()
+
+    def _check(self) -> None:
+        """Find a server that has stopped answering: it has the oldest call for too long."""
+        self._watch = None
+        if not self.calls:
+            return
+        batch = next(iter(self.calls.values())).batch
+        assert batch is not None
+        since = self._sent_at if batch.sent_at is None else batch.sent_at
+        if self._fill:
+            since = max(since, self._heard_at)
+        left = since + self._timeout_s - self._loop.time()
+        if left <= 0:
+            self._lose(Error(Kind.PEER_LOST, f"no answer for {self._timeout_s:g} s"))
+        else:
+            self._watch = self._loop.call_later(left, self._check)
+
+    # Receiving
+
+    def _readable(self) -> None:
+        stream = self._stream
+        try:
+            if self._fill:
+                room = stream.room()
+                targets = list(itertools.islice(self._fill, MAX_BUFFERS - 1))
+                count = self._sock.recvmsg_into([*targets, room])[0]
+                self._heard_at = self._loop.time()
+                direct = min(count, sum(map(len, targets)))
+                drop_first(self._fill, direct)
+                stream.end += count - direct
+            else:
+                count = self._sock.recv_into(stream.room(self._need))
+                stream.end += count
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self._lose(Error(Kind.PEER_LOST, f"receive: {error.strerror}"))
+            return
+        if not count:
+            self._lose(Error(Kind.PEER_LOST, "the server closed the connection"))
+            return
+        try:
+            self._take_replies()
+        except Error as error:
+            self._lose(error)
+        else:
+            if not self.closed:
+                self._answered()
+
+    def _take_replies(self) -> None:
+        """Everything complete in the stream."""
+        if self._fill:
+            return
+        if self._filled is not None:
+            self._end_chunk(self._filled)
+            self._filled = None
+        stream = self._stream
+        data = stream.memory.data
+        parse = transmission.parse_reply
+        self._need = 1
+        while not self.closed:
+            start = stream.start
+            reply = parse(data, start, stream.end)
+            if reply is None:
+                return
+            if reply.kind is None:
+                stream.start = start + transmission.SIMPLE_SIZE
+                self._simple(reply)
+            elif not self._chunk(reply, start):
+                return
+            if self._fill:
+                return
+
+    def _simple(self, reply: Reply) -> None:
+        call = self.calls.get(reply.cookie)
+        if call is None:
+            raise Error(Kind.PEER_LIED, f"a reply to a request that nobody made ({reply.cookie:#x})")
+        if reply.error:
+            call.failed(self._error(call, reply.error, ""))
+        elif call.command == _READ:
+            if self.agreement.structured:
+                raise Error(Kind.PEER_LIED, "a simple reply to a read, though structured ones are agreed")
+            self._receive(call.take(call.offset, call.length), call.length)
+            if self._fill:
+                self._filled = reply
+                return
+        self._finish(reply.cookie, call)
+
+    def _chunk(self, reply: Reply, start: int) -> bool:
+        """Take a chunk of a structured reply; False: more of it is needed."""
+        call = self.calls.get(reply.cookie)
+        if call is None or not self.agreement.structured:
+            raise Error(Kind.PEER_LIED, f"a structured reply that nobody asked for ({reply.cookie:#x})")
+        kind, length = reply.kind, reply.length
+        assert kind is not None
+        stream = self._stream
+        body = start + transmission.STRUCTURED_SIZE
+        whole = transmission.DATA_PREFIX if kind == Chunk.OFFSET_DATA else length
+        if stream.end - body < whole:
+            self._need = transmission.STRUCTURED_SIZE + whole
+            return False
+        stream.start = body + whole
+        payload = stream.memory.view[body : body + whole]
+        if kind == Chunk.OFFSET_DATA:
+            if length <= transmission.DATA_PREFIX:
+                raise Error(Kind.PEER_LIED, "a data chunk without data")
+            (offset,) = protocol.CHUNK_OFFSET.unpack(payload)
+            length -= transmission.DATA_PREFIX
+            self._receive(call.take(offset, length), length)
+            if self._fill:
+                self._filled = reply
+                return True
+        elif kind == Chunk.OFFSET_HOLE:
+            for view in call.take(*transmission.parse_hole_chunk(payload)):
+                view[:] = bytes(len(view))
+        elif kind == Chunk.BLOCK_STATUS and call.command == Command.BLOCK_STATUS:
+            call.extents = transmission.parse_status_chunk(payload, self.agreement.allocation_id)
+        elif kind & protocol.CHUNK_ERROR_BIT:
+            call.failed(self._error(call, *transmission.parse_error_chunk(kind, payload)))
+        elif kind != Chunk.NONE or length or not reply.done:
+            raise Error(Kind.PEER_LIED, f"a chunk of type {kind}, {length} bytes, to {call.command.name}")
+        self._end_chunk(reply)
+        return True
+
+    def _end_chunk(self, reply: Reply) -> None:
+        if reply.done:
+            self._finish(reply.cookie, self.calls[reply.cookie])
+
+    def _finish(self, cookie: int, call: Call) -> None:
+        call.check()
+        del self.calls[cookie]
+        call.ended(call.error)
+
+    def _receive(self, targets: list[memoryview], length: int) -> None:
+        """Move `length` payload bytes to `targets`: what is in by copy, what is to come without one."""
+        stream = self._stream
+        view = stream.memory.view
+        for index, target in enumerate(targets):
+            count = min(len(target), stream.end - stream.start)
+            target[:count] = view[stream.start : stream.start + count]
+            stream.start += count
+            if count < len(target):
+                self._fill.append(target[count:])
+                self._fill.extend(targets[index + 1 :])
+                return
+
+    def _error(self, call: Call, error: int, text: str) -> Error:
+        kind = protocol.kind_of_error(error)
+        name = protocol.error_name(error)
+        said = f"the NBD server answered {call.command.name} with {name}{': ' + text if text else ''}"
+        return Error(kind, said, offset=call.offset, length=call.length)
+
+
+async def connect(
+    address: Address, export: str, *, timeout_s: float
+) -> tuple[socket.socket, Agreement, bytes]:
+    """A connected socket, what was agreed on, and bytes that came behind it, within `timeout_s`.
+
+    Raises Error PEER_LOST (no connection, or it ended in the handshake), PEER_LIED
+    (no NBD server), NOT_FOUND (no such export), PERMISSION, UNSUPPORTED.
+    """
+    loop = asyncio.get_running_loop()
+    sock: socket.socket | None = None
+    try:
+        async with asyncio.timeout(timeout_s):
+            sock = await _open_socket(address, timeout_s)
+            handshake = ClientHandshake(export)
+            while handshake.agreed is None:
+                received = await loop.sock_recv(sock, 4096)
+                if not received:
+                    raise Error(Kind.PEER_LOST, "hung up in the handshake")
+                if answer := handshake.receive(received):
+                    await loop.sock_sendall(sock, answer)
+            return sock, handshake.agreed, handshake.rest
+    except BaseException as error:
+        if sock is not None:
+            sock.close()
+        who = f"NBD server {address}"
+        if isinstance(error, TimeoutError):
+            raise Error(Kind.PEER_LOST, f"{who}: no answer in {timeout_s:g} s") from error
+        if isinstance(error, OSError):
+            raise Error(Kind.PEER_LOST, f"{who}: {error.strerror or error}") from error
+        if isinstance(error, Error):
+            raise Error(error.kind, f"{who}: {error.detail}") from error
+        raise
+
+
+async def _open_socket(address: Address, timeout_s: float) -> socket.socket:
+    loop = asyncio.get_running_loop()
+    if isinstance(address, Unix):
+        return await _connected(socket.AF_UNIX, address.path)
+    found = await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+    refused: OSError = OSError(f"{address.host} has no address")
+    for family, _, _, _, target in found:
+        try:
+            sock = await _connected(family, target)
+        except OSError as error:
+            refused = error
+            continue
+        # What a dead host has not acknowledged for timeout_s ends the connection; keep-alive finds
+        # one that dies while nothing is under way.
+        probe = max(1, int(timeout_s / 4))
+        for option, value in (
+            (socket.TCP_NODELAY, 1),
+            (socket.TCP_USER_TIMEOUT, max(1, int(timeout_s * 1000))),
+            (socket.TCP_KEEPIDLE, probe),
+            (socket.TCP_KEEPINTVL, probe),
+            (socket.TCP_KEEPCNT, 3),
+        ):
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        return sock
+    raise refused
+
+
+async def _connected(family: int, target: str | tuple[object, ...]) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(sock, target)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
