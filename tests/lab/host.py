@@ -60,6 +60,8 @@ FILE_SYSTEMS = (
 
 SYSTEM = Disk("system", 1 * GiB, mount="/")
 BOOT_TIMEOUT = 60.0
+MTU = 9000
+"""Jumbo frames, as storage networks have them; three times as fast as 1500."""
 
 
 class Host:
@@ -233,6 +235,10 @@ class Host:
         self.fresh = False
         return self._channel.start(title, request)
 
+    def wait_until(self, condition: str, timeout: float = 30) -> None:
+        """Returns when a shell condition holds inside; raises CommandError if it does not in time."""
+        self.run(f"until {condition}; do sleep 0.05; done", timeout)
+
     # Files
 
     def put(self, source: pathlib.Path, target: str) -> None:
@@ -292,7 +298,7 @@ class Host:
         for disk in (SYSTEM, *self.disks):
             line.append(f"{self._device(disk.name)}={self.image(disk.name)}")
         if self.port is not None:
-            line.append(f"vec0:transport=fd,fd={self.port.fileno()},vec=0")
+            line.append(f"vec0:transport=fd,fd={self.port.fileno()},vec=0,mtu={MTU}")
         return line
 
     def _write_settings(self) -> None:

@@ -13,7 +13,7 @@ from tests.lab.channel import Command
 from tests.lab.host import Host
 
 SCRIPT = pathlib.Path(__file__).parent / "guest" / "target.py"
-APPEARS_S = 20
+APPEARS_S = 20.0
 """How long a SCSI device may take to become a block device."""
 
 
@@ -94,13 +94,10 @@ class Loop(_Configured):
 
 def block_device(host: Host, directories: str) -> str:
     """The path of the block device below SCSI device directories in /sys (a pattern), when it appears."""
-    tries = APPEARS_S * 10
-    return host.run(
-        f"for try in $(seq {tries}); do for disk in {directories}/block/sd*; do"
-        ' [ -e "$disk" ] && echo "/dev/${disk##*/}" && exit; done; sleep 0.1; done;'
-        f' echo "no block device at {directories} after {APPEARS_S} s" >&2; exit 1',
-        timeout=APPEARS_S * 3,
-    ).stdout.strip()
+    host.wait_until(f"[ -e {directories}/block/sd* ]", APPEARS_S)
+    name = host.run(f"basename {directories}/block/sd*").stdout.strip()
+    host.wait_until(f"[ -b /dev/{name} ]", APPEARS_S)
+    return f"/dev/{name}"
 
 
 def _configure(host: Host, *arguments: str) -> Command:
