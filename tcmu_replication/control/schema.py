@@ -183,7 +183,7 @@ class WorkerInfo(Document, frozen=True, kw_only=True):
     """A worker as the manager sees it; `error` is its last words if it ended, or why it was not started."""
 
     name: str
-    state: Literal["starting", "running", "waiting", "stopping", "failed"]
+    state: Literal["starting", "running", "waiting", "stopping", "stopped", "failed"]
     pid: Count | None = None
     restarts: Count = 0
     error: str | None = None

@@ -34,8 +34,10 @@ class Size(int):
 class Name(str):
     """The name of a resource: it travels in LIO's dev_config and in file names, so no comma or slash."""
 
-    PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z")
-    expected = "1 to 64 letters, digits, '_', '.' and '-', the first a letter or a digit"
+    PATTERN = re.compile(r"(?!uio\d+\Z)[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z")
+    expected = (
+        "1 to 64 letters, digits, '_', '.' and '-', the first a letter or a digit, and not a device's (uioN)"
+    )
 
     @classmethod
     def parse(cls, value: Any) -> Name:

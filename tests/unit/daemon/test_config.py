@@ -81,6 +81,7 @@ WRONG = [
     ('name = "disk0"', "", "resource.name", "nothing", "1 to 64 letters"),
     ('name = "disk0"', 'name = "disk1"', "resource.name", "'disk1'", "'disk0', the name of the file"),
     ('name = "disk0"', 'name = "a,b"', "resource.name", '"a,b"', "1 to 64 letters"),
+    ('name = "disk0"', 'name = "uio0"', "resource.name", '"uio0"', "not a device's"),
     ('name = "disk0"', "name = 7", "resource.name", "7", "1 to 64 letters"),
     ('size = "256 MiB"', "", "resource.size", "nothing", "a size"),
     ('size = "256 MiB"', 'size = "many"', "resource.size", '"many"', '"256 MiB"'),

@@ -1,0 +1,410 @@
+"""The manager over real processes: fake workers that do what they are told, and a fake monitor of devices."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tcmu_replication.control.connection import Connection
+from tcmu_replication.daemon import manager as manager_module
+from tcmu_replication.daemon.child import Child
+from tcmu_replication.daemon.manager import Manager
+from tcmu_replication.daemon.places import Context, socket_path
+from tcmu_replication.errors import Error, Kind
+from tcmu_replication.host.udev import Event
+from tcmu_replication.tcmu import uio
+from tests.unit.daemon import fake_worker
+from tests.unit.daemon.test_config import GOOD
+
+NEVER_S = 3600.0
+LIMIT_S = 60
+
+
+class Fake:
+    """The test's end of one fake worker."""
+
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, hello: dict[str, Any]
+    ) -> None:
+        self.reader = reader
+        self.writer = writer
+        self.pid: int = hello["pid"]
+        self.arguments: list[str] = hello["arguments"]
+
+    async def tell(self, line: str) -> None:
+        """Give an order and wait until it is carried out."""
+        self.writer.write(line.encode() + b"\n")
+        if not line.startswith("exit"):
+            assert await self.hear() == "done"
+
+    async def hear(self) -> Any:
+        return json.loads(await self.reader.readline())
+
+    async def gone(self) -> None:
+        assert await self.reader.read() == b""
+
+
+class Devices:
+    """A monitor that tells what the test pushes."""
+
+    def __init__(self) -> None:
+        self._event = os.eventfd(0, os.EFD_NONBLOCK)
+        self._waiting: list[Event] = []
+
+    def fileno(self) -> int:
+        return self._event
+
+    def events(self) -> list[Event]:
+        os.eventfd_read(self._event)
+        found, self._waiting = self._waiting, []
+        return found
+
+    def push(self, action: str, device: str) -> None:
+        self._waiting.append(Event(action, device))
+        os.eventfd_write(self._event, 1)
+
+
+class Rig:
+    """A manager, its directories, and the fakes in the order in which they came."""
+
+    def __init__(self, place: Path, patch: pytest.MonkeyPatch) -> None:
+        self.context = Context(place / "etc", place / "run", "alpha")
+        self.context.config_directory.mkdir()
+        self.context.run_directory.mkdir()
+        self.fakes: asyncio.Queue[Fake] = asyncio.Queue()
+        self.devices = Devices()
+        self.present: dict[str, uio.Identity] = {}
+        self.hub = place / "hub"
+        patch.setenv("FAKE_HUB", str(self.hub))
+        patch.setattr(uio, "devices", lambda: iter(self.present.values()))
+        patch.setattr(uio, "identify", self.present.get)
+        patch.setattr(manager_module.handler, "subtypes", lambda: {"replication", "file"})
+        patch.setattr(manager_module, "TELL_DELAYS_S", (0.0,))
+
+    def write(self, name: str, text: str = GOOD) -> None:
+        (self.context.config_directory / f"{name}.toml").write_text(text.replace("disk0", name))
+
+    def make(self, delays_s: tuple[float, ...] = (0.0,)) -> Manager:
+        return Manager(self.context, [sys.executable, fake_worker.__file__], self.devices, delays_s)
+
+    async def next(self) -> Fake:
+        return await self.fakes.get()
+
+    async def workers(self) -> dict[str, dict[str, Any]]:
+        """What the manager answers."""
+        connection = await Connection.unix(
+            socket_path(self.context.run_directory, "_manager"), timeout=LIMIT_S
+        )
+        rows = await connection.execute("query-workers")
+        connection.close()
+        return {row["name"]: row for row in rows}
+
+    async def until(self, name: str, state: str) -> dict[str, Any]:
+        """The row of a worker once it is in a state (asked again and again: the answer comes over a socket)."""
+        while (row := (await self.workers())[name])["state"] != state:
+            await asyncio.sleep(0)
+        return row
+
+    @asynccontextmanager
+    async def listening(self) -> AsyncIterator[None]:
+        async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            self.fakes.put_nowait(Fake(reader, writer, json.loads(await reader.readline())))
+
+        async with await asyncio.start_unix_server(accept, str(self.hub)):
+            yield
+
+
+Body = Callable[[Rig, Manager], Awaitable[None]]
+
+
+@pytest.fixture
+def with_manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Run a test's body with an open manager; `prepare` writes files before."""
+
+    def run(
+        body: Body, prepare: Callable[[Rig], None] = lambda rig: rig.write("disk0"), **options: Any
+    ) -> None:
+        async def main() -> None:
+            rig = Rig(tmp_path, monkeypatch)
+            prepare(rig)
+            async with rig.listening():
+                manager = rig.make(**options)
+                await manager.open()
+                try:
+                    await body(rig, manager)
+                finally:
+                    await manager.close()
+                assert not list(rig.context.run_directory.glob("_manager.[sn]*"))
+
+        asyncio.run(asyncio.wait_for(main(), LIMIT_S))
+
+    return run
+
+
+def test_worker_is_started_with_this_hosts_context(with_manager: Callable[..., None]) -> None:
+    async def body(rig: Rig, manager: Manager) -> None:
+        fake = await rig.next()
+        config, run = rig.context.config_directory, rig.context.run_directory
+        assert fake.arguments == [f"--config={config}", f"--run={run}", "--host=alpha", "serve", "disk0"]
+        assert (await rig.workers())["disk0"]["state"] == "starting"
+        await fake.tell("ready")
+        row = await rig.until("disk0", "running")
+        assert (row["pid"], row["restarts"]) == (fake.pid, 0)
+
+    with_manager(body)
+
+
+def test_killed_worker_is_started_again_at_once_every_time(with_manager: Callable[..., None]) -> None:
+    async def body(rig: Rig, manager: Manager) -> None:
+        pids = set()
+        for _ in range(3):
+            fake = await rig.next()
+            await fake.tell("ready")
+            pids.add(fake.pid)
+            os.kill(fake.pid, signal.SIGKILL)
+        last = await rig.next()
+        row = (await rig.workers())["disk0"]
+        assert (row["restarts"], row["pid"]) == (3, last.pid)
+        assert row["error"].endswith("was killed by SIGKILL")
+        assert last.pid not in pids
+        await last.tell("ready")
+        assert (await rig.until("disk0", "running"))["error"] is None
+
+    with_manager(body)
+
+
+def test_worker_that_keeps_dying_has_to_wait(with_manager: Callable[..., None]) -> None:
+    async def body(rig: Rig, manager: Manager) -> None:
+        await (await rig.next()).tell("exit 1")
+        await (await rig.next()).tell("exit 1")
+        row = await rig.until("disk0", "waiting")
+        while row["restarts"] != 2:
+            row = await rig.until("disk0", "waiting")
+        assert row["error"].endswith("ended with status 1")
+        assert row["pid"] is None
+        manager.reload()
+        await rig.next()
+
+    with_manager(body, delays_s=(0.0, NEVER_S))
+
+
+def test_wrong_configuration_is_not_tried_again_and_its_words_are_kept(
+    with_manager: Callable[..., None],
+) -> None:
+    async def body(rig: Rig, manager: Manager) -> None:
+        fake = await rig.next()
+        await fake.tell("words disk0.toml: host.alpha.disk: found nothing")
+        await fake.tell("exit 2")
+        row = await rig.until("disk0", "failed")
+        assert row["error"] == "disk0.toml: host.alpha.disk: found nothing"
+        assert rig.fakes.empty()
+
+    with_manager(body, delays_s=(0.0, NEVER_S))
+
+
+def test_worker_that_ends_as_told_stays_ended(with_manager: Callable[..., None]) -> None:
+    async def body(rig: Rig, manager: Manager) -> None:
+        fake = await rig.next()
+        await fake.tell("ready")
+        await fake.tell("exit 0")
+        row = await rig.until("disk0", "stopped")
+        assert (row["pid"], row["restarts"]) == (None, 0)
+
+    with_manager(body)
+
+
+def test_program_that_cannot_be_run(
+    with_manager: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/nonexistent/python")
+
+    async def body(rig: Rig, manager: Manager) -> None:
+        assert "cannot be started" in (await rig.workers())["disk0"]["error"]
+
+    with_manager(body, delays_s=(NEVER_S,))
+
+
+def test_close_ends_every_worker(with_manager: Callable[..., None]) -> None:
+    fakes: list[Fake] = []
+
+    def prepare(rig: Rig) -> None:
+        rig.write("disk0")
+        rig.write("disk1", GOOD.replace("port = 10809", "port = 1\ncontrol-port = 2"))
+
+    async def body(rig: Rig, manager: Manager) -> None:
+        fakes.extend([await rig.next(), await rig.next()])
+        await manager.close()
+        for fake in fakes:
+            await fake.gone()
+            with pytest.raises(ProcessLookupError):
+                os.kill(fake.pid, 0)
+
+    with_manager(body, prepare)
+
+
+def test_worker_that_does_not_end_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        rig = Rig(tmp_path, monkeypatch)
+        rig.write("disk0")
+        async with rig.listening():
+            manager = rig.make()
+            await manager.open()
+            fake = await rig.next()
+            await fake.tell("deaf")
+            child: Child = manager._children["disk0"]
+            await child.stop(limit_s=0)
+            await fake.gone()
+            assert child.state == "stopped"
+            await manager.close()
+
+    asyncio.run(asyncio.wait_for(main(), LIMIT_S))
+
+
+def test_file_that_is_wrong_is_shown_and_the_others_are_served(with_manager: Callable[..., None]) -> None:
+    def prepare(rig: Rig) -> None:
+        rig.write("disk0")
+        rig.write("broken", "[resource]")
+        rig.write("elsewhere", GOOD.replace("host.alpha", "host.gamma"))
+
+    async def body(rig: Rig, manager: Manager) -> None:
+        await rig.next()
+        rows = await rig.workers()
+        assert set(rows) == {"disk0", "broken"}
+        assert rows["broken"]["state"] == "failed"
+        assert "broken.toml: resource.name: found nothing" in rows["broken"]["error"]
+
+    with_manager(body, prepare)
+
+
+def test_reload_starts_stops_and_restarts_what_the_files_say(with_manager: Callable[..., None]) -> None:
+    async def body(rig: Rig, manager: Manager) -> None:
+        first = await rig.next()
+        rig.write("disk1")
+        manager.reload()
+        second = await rig.next()
+        assert second.arguments[-1] == "disk1"
+        rig.write("disk0", GOOD.replace("port = 10809", "port = 1"))
+        (rig.context.config_directory / "disk1.toml").unlink()
+        manager.reload()
+        third = await rig.next()
+        assert third.arguments[-1] == "disk0"
+        await first.gone()
+        await second.gone()
+        while "disk1" in (rows := await rig.workers()):
+            await asyncio.sleep(0)
+        assert rows["disk0"]["pid"] == third.pid
+
+    with_manager(body)
+
+
+def test_reload_of_a_file_that_became_wrong_leaves_its_worker_alone(
+    with_manager: Callable[..., None],
+) -> None:
+    async def body(rig: Rig, manager: Manager) -> None:
+        fake = await rig.next()
+        await fake.tell("ready")
+        await rig.until("disk0", "running")
+        rig.write("disk0", "nonsense")
+        manager.reload()
+        row = (await rig.workers())["disk0"]
+        assert (row["state"], row["pid"]) == ("running", fake.pid)
+        assert "expected TOML" in row["error"]
+        rig.write("disk0")
+        manager.reload()
+        assert (await rig.workers())["disk0"]["error"] is None
+        assert rig.fakes.empty()
+
+    with_manager(body)
+
+
+def test_second_manager_is_refused(with_manager: Callable[..., None]) -> None:
+    async def body(rig: Rig, manager: Manager) -> None:
+        with pytest.raises(Error, match="already: process") as caught:
+            await rig.make().open()
+        assert caught.value.kind is Kind.CONFLICT
+        assert (await rig.workers())["disk0"]["state"] == "starting"
+
+    with_manager(body)
+
+
+def test_worker_of_an_earlier_manager_is_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        rig = Rig(tmp_path, monkeypatch)
+        rig.write("disk0")
+        async with rig.listening():
+            orphan = await asyncio.create_subprocess_exec(sys.executable, fake_worker.__file__, "orphan")
+            fake = await rig.next()
+            await fake.tell(f"hold {socket_path(rig.context.run_directory, 'disk0')}")
+            manager = rig.make()
+            await manager.open()
+            row = (await rig.workers())["disk0"]
+            assert (row["state"], row["pid"]) == ("running", orphan.pid)
+            assert rig.fakes.empty()
+            orphan.kill()
+            assert (await rig.next()).arguments[-1] == "disk0"
+            await orphan.wait()
+            await manager.close()
+
+    asyncio.run(asyncio.wait_for(main(), LIMIT_S))
+
+
+def identity(device: str, subtype: str, config: str) -> uio.Identity:
+    return uio.Identity(device, "user_0", "lun", subtype, config)
+
+
+def test_device_that_is_there_is_told_when_the_worker_serves(with_manager: Callable[..., None]) -> None:
+    """The worker of the test refuses once, as one does whose device is not enabled yet."""
+
+    def prepare(rig: Rig) -> None:
+        rig.write("disk0")
+        rig.present["uio0"] = identity("uio0", "replication", "disk0")
+        rig.present["uio1"] = identity("uio1", "replication", "unknown")
+
+    async def body(rig: Rig, manager: Manager) -> None:
+        fake = await rig.next()
+        await fake.tell(f"serve {socket_path(rig.context.run_directory, 'disk0')}")
+        await fake.tell("ready")
+        assert await fake.hear() == ["attach", "uio0"]
+
+    with_manager(body, prepare)
+
+
+def test_device_that_comes_and_goes_is_told(with_manager: Callable[..., None]) -> None:
+    async def body(rig: Rig, manager: Manager) -> None:
+        fake = await rig.next()
+        await fake.tell(f"serve {socket_path(rig.context.run_directory, 'disk0')}")
+        await fake.tell("ready")
+        await rig.until("disk0", "running")
+        rig.present["uio4"] = identity("uio4", "replication", "disk0")
+        rig.devices.push("add", "uio9")  # another driver's
+        rig.devices.push("add", "uio4")
+        assert await fake.hear() == ["attach", "uio4"]
+        rig.devices.push("remove", "uio9")
+        rig.devices.push("remove", "uio4")
+        assert await fake.hear() == ["detach", "uio4"]
+
+    with_manager(body)
+
+
+def test_device_of_another_handler_gets_a_worker_of_its_own(with_manager: Callable[..., None]) -> None:
+    def prepare(rig: Rig) -> None:
+        rig.present["uio0"] = identity("uio0", "file", "/srv/image")
+        rig.present["uio1"] = identity("uio1", "rbd", "pool")
+
+    async def body(rig: Rig, manager: Manager) -> None:
+        fake = await rig.next()
+        assert fake.arguments[-2:] == ["--device", "uio0"]
+        assert set(await rig.workers()) == {"uio0"}
+        rig.devices.push("remove", "uio0")
+        await fake.gone()
+
+    with_manager(body, prepare)

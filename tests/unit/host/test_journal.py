@@ -1,0 +1,27 @@
+"""Log lines as the journal reads them."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import pytest
+
+from tcmu_replication.host.journal import PRIORITY, JournalFormatter
+
+
+@pytest.mark.parametrize(("level", "priority"), PRIORITY.items())
+def test_line_begins_with_its_priority(level: int, priority: int) -> None:
+    record = logging.LogRecord("x", level, "", 0, "a %s", ("message",), None)
+    assert JournalFormatter("disk0: %(message)s").format(record) == f"<{priority}>disk0: a message"
+
+
+def test_every_line_of_a_trace_keeps_the_priority() -> None:
+    try:
+        raise ValueError("broken")
+    except ValueError:
+        record = logging.LogRecord("x", logging.ERROR, "", 0, "it broke", (), sys.exc_info())
+    lines = JournalFormatter("disk0: %(message)s").format(record).splitlines()
+    assert lines[0] == "<3>disk0: it broke"
+    assert lines[-1] == "<3>ValueError: broken"
+    assert all(line.startswith("<3>") for line in lines)
