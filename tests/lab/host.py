@@ -104,6 +104,8 @@ class Host:
         self._log_lock = threading.Lock()
         folder.mkdir()
         logs.mkdir(parents=True, exist_ok=True)
+        for old in (self.console, self.commands):
+            old.unlink(missing_ok=True)
         self.fresh = False
         """Whether its disks are new and no command has run."""
         self.wipe()
