@@ -23,6 +23,8 @@ from tcmu_replication.nbd.protocol import HandshakeFlag, Info, Option, OptionRep
 CONTEXT_ID = 1
 """The number that we give to base:allocation."""
 
+_KNOWN_FLAGS = int(HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES)
+
 
 class Offer(NamedTuple):
     """What a server says about an export: bytes of length and block sizes, a TransmissionFlag mask."""
@@ -86,8 +88,7 @@ class ServerHandshake:
 
     def greeting(self) -> bytes:
         """What a server says first."""
-        flags = HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES
-        return protocol.GREETING.pack(protocol.NBD_MAGIC, protocol.OPTION_MAGIC, flags)
+        return protocol.GREETING.pack(protocol.NBD_MAGIC, protocol.OPTION_MAGIC, _KNOWN_FLAGS)
 
     def receive(self, data: bytes) -> bytes:
         """Take bytes of the client and return what to send. Raises Error PEER_LIED or NOT_FOUND: hang up."""
@@ -104,7 +105,7 @@ class ServerHandshake:
         if len(self._received) < protocol.CLIENT_FLAGS.size:
             return False
         (flags,) = protocol.CLIENT_FLAGS.unpack_from(self._received)
-        if flags & ~(HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES):
+        if flags & ~_KNOWN_FLAGS:
             raise Error(Kind.PEER_LIED, f"the client sent unknown handshake flags {flags:#x}")
         self._client_flags = HandshakeFlag(flags)
         del self._received[: protocol.CLIENT_FLAGS.size]

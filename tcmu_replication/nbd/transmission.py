@@ -21,13 +21,14 @@ SIMPLE_SIZE = protocol.SIMPLE_REPLY.size
 STRUCTURED_SIZE = protocol.STRUCTURED_REPLY.size
 DATA_PREFIX = protocol.CHUNK_OFFSET.size
 
+# Plain integers: the complement of an IntFlag has no bits that it does not know.
 FLAGS_OF_COMMAND: dict[int, int] = {
-    Command.READ: CommandFlag.FUA | CommandFlag.DF,
-    Command.WRITE: CommandFlag.FUA,
-    Command.FLUSH: CommandFlag.FUA,
-    Command.TRIM: CommandFlag.FUA,
-    Command.WRITE_ZEROES: CommandFlag.FUA | CommandFlag.NO_HOLE,
-    Command.BLOCK_STATUS: CommandFlag.FUA | CommandFlag.REQ_ONE,
+    Command.READ: int(CommandFlag.FUA | CommandFlag.DF),
+    Command.WRITE: int(CommandFlag.FUA),
+    Command.FLUSH: int(CommandFlag.FUA),
+    Command.TRIM: int(CommandFlag.FUA),
+    Command.WRITE_ZEROES: int(CommandFlag.FUA | CommandFlag.NO_HOLE),
+    Command.BLOCK_STATUS: int(CommandFlag.FUA | CommandFlag.REQ_ONE),
 }
 """The commands that our server answers, and the flags it takes. FUA is harmless everywhere, as in QEMU."""
 
