@@ -137,7 +137,8 @@ class TcmuFrontend:
 
         Until a handler starts again the kernel answers BUSY. Returns how many
         commands the chain had not ended within `limit_s`; they were answered
-        BUSY, and their buffers stay valid until it does. Twice is fine.
+        BUSY, and their buffers stay valid until it does. Twice is fine. An
+        `Error` of configfs is raised after the device was closed.
         """
         if self._recovery is not None:
             self._recovery.cancel()
@@ -150,7 +151,8 @@ class TcmuFrontend:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._settled(), limit_s)
             unfinished = self.in_flight + self.kept
-            self._answer_early()
+            if self._ring is not None:
+                self._abandon(self._ring, list(self._ring.outstanding.values()))
         finally:
             self._close()
             self._switches.close()
@@ -287,11 +289,9 @@ class TcmuFrontend:
 
     def _watch(self) -> None:
         """Be called at the deadline of the oldest command, if any is under way."""
-        if self._timer is None and self._ring is not None and self._ring.outstanding:
-            first_s = next(
-                (c.deadline_s for c in self._ring.outstanding.values() if c.deadline_s != math.inf), None
-            )
-            if first_s is not None:
+        if self._timer is None and self._ring is not None:
+            first_s = min((c.deadline_s for c in self._ring.outstanding.values()), default=math.inf)
+            if first_s != math.inf:
                 self._timer = self._loop.call_at(first_s, self._overdue)
 
     def _overdue(self) -> None:
@@ -303,34 +303,31 @@ class TcmuFrontend:
         late = [command for command in ring.outstanding.values() if command.deadline_s <= now_s]
         if late:
             self.counters.late += len(late)
-            log.warning(
-                "%s: %d commands took longer than %g s", self.device.name, len(late), self._deadline_s
-            )
-            for command in late:
-                self._abandon(ring, command)
-            self._publish()
+            limit_s = self._deadline_s
+            log.warning("%s: %d commands took longer than %g s", self.device.name, len(late), limit_s)
+            self._abandon(ring, late)
         self._watch()
 
     def _abort(self, ring: Ring) -> None:
         """Task management waits for these commands; whoever sent them does not."""
-        for abort in ring.aborts:
-            for cmd_id in abort.cmd_ids:
-                command = ring.outstanding.get(cmd_id)
-                if command is not None and not command.abandoned:
-                    self.counters.aborted += 1
-                    self._abandon(ring, command)
+        named = {cmd_id for abort in ring.aborts for cmd_id in abort.cmd_ids}
         ring.aborts.clear()
-        self._publish()
+        aborted = [ring.outstanding[cmd_id] for cmd_id in named if cmd_id in ring.outstanding]
+        self.counters.aborted += len(aborted)
+        self._abandon(ring, aborted)
 
-    def _abandon(self, ring: Ring, command: Command) -> None:
+    def _abandon(self, ring: Ring, commands: list[Command]) -> None:
         """Answer BUSY while the chain still has the buffers, if the kernel can keep them."""
         if not ring.capabilities & Capability.KEEP_BUFFERS:
-            command.deadline_s = math.inf
+            for command in commands:
+                command.deadline_s = math.inf
             return
-        command.abandoned = True
-        self._kept.add(command)
-        # One byte counts; nothing is written to the buffers, which may be Data-Out under way.
-        ring.complete(command.cmd_id, sense.Status.BUSY, read_len=1 if command.length else 0, keep=True)
+        for command in commands:
+            command.abandoned = True
+            self._kept.add(command)
+            # One byte counts; nothing is written to the buffers, which may be Data-Out under way.
+            ring.complete(command.cmd_id, sense.Status.BUSY, read_len=1 if command.length else 0, keep=True)
+        self._publish()
 
     def _let_go(self, command: Command) -> None:
         """The chain is through with a command that was answered before."""
@@ -344,13 +341,6 @@ class TcmuFrontend:
         if pending.error is not None and self._ring is not None:
             log.error("%s: buffers of a late command are lost: %s", self.device.name, pending.error)
         self._publish()
-
-    def _answer_early(self) -> None:
-        ring = self._ring
-        if ring is not None:
-            for command in list(ring.outstanding.values()):
-                self._abandon(ring, command)
-            self._publish()
 
     # The end
 
@@ -369,7 +359,8 @@ class TcmuFrontend:
         try:
             await self._switch(self._backstore.block, "block")
             await self._settled()
-            await self._take_up()
+            if self._ring is not None:  # it may have been removed meanwhile
+                await self._take_up()
         except Error as failure:
             self._end(failure)
         finally:

@@ -404,6 +404,48 @@ async def test_broken_ring_is_reset_when_the_chain_has_let_go():
 
 
 @on_loop
+async def test_ring_that_cannot_be_reset_ends_the_frontend():
+    def refuse():
+        raise Error(Kind.INVALID_STATE, "not enabled")
+
+    host = Host()
+    await host.frontend.start()
+    host.kernel.reset_ring = refuse
+    host.kernel.queue(TEST_UNIT_READY, spoil=lambda entry: struct.pack_into("=I", entry, 0, 1))
+    host.kernel.kick()
+    assert (await host.closed).kind is Kind.INVALID_STATE
+    assert await host.frontend.stop() == 0
+
+
+@on_loop
+async def test_removal_while_a_broken_ring_waits_for_the_chain_leaves_configfs_alone():
+    host = Host(Slow(SIZE))
+    await host.frontend.start()
+    host.kernel.queue(read_16(0, BLOCK), in_length=BLOCK)
+    host.kernel.queue(TEST_UNIT_READY, spoil=lambda entry: struct.pack_into("=I", entry, 0, 1))
+    host.kernel.kick()
+    await host.until(lambda: host.kernel.actions.count("block") == 2)
+    host.kernel.remove()
+    host.node.end()
+    assert await host.closed is None
+    await host.frontend.stop()
+    assert host.kernel.actions.count("reset_ring") == 1
+
+
+@on_loop
+async def test_stop_of_a_backstore_that_has_gone_closes_all_the_same():
+    def gone():
+        raise Error(Kind.NOT_FOUND, "gone")
+
+    host = Host()
+    await host.frontend.start()
+    host.kernel.block = gone
+    with pytest.raises(Error, match="gone"):
+        await host.frontend.stop()
+    assert await host.frontend.stop() == 0
+
+
+@on_loop
 async def test_removal_closes_without_touching_configfs():
     host = Host()
     await host.frontend.start()
