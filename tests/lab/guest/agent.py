@@ -50,7 +50,9 @@ class Agent:
         self.send({"ready": True})
         while True:
             for key, _ in self.selector.select():
-                key.data(key.fd)
+                # What was done for one event may have closed another's pipe, or opened one of its number.
+                if self.selector.get_map().get(key.fd) is key:
+                    key.data(key.fd)
 
     def send(self, message: dict) -> None:
         view = memoryview(json.dumps(message).encode() + b"\n")
