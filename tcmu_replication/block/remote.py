@@ -44,6 +44,9 @@ and on to the third when they do not."""
 _SPAN = 1 * GiB
 """The longest zero, discard or block status of one request: they carry no data, but 32 bits of length."""
 
+_LEAST = TransmissionFlag.HAS_FLAGS | TransmissionFlag.SEND_FLUSH
+"""What a server must be able to do that is not asked before requests are made."""
+
 _CHANGES = frozenset({Command.WRITE, Command.WRITE_ZEROES, Command.TRIM})
 
 
@@ -166,6 +169,18 @@ class Remote(Node):
             await asyncio.sleep(pause)
             pause = min(2 * pause, WAITING_PAUSE_S)
 
+    def open_later(self) -> None:
+        """Instead of `open`: connect in the background, as after a loss just now. Requests wait for it.
+
+        `length` must have been given.
+        """
+        assert self._agreement is None, "open once"
+        assert self._expected is not None, "the length is not known before the connection"
+        # What every server has; one that has less is refused by `_check`.
+        self._agreement = Agreement(self._expected, _LEAST, False, None)
+        self._flags = _LEAST
+        self._lost(Error(Kind.PEER_LOST, "not connected yet"))
+
     def close(self) -> None:
         """Hang up, never to connect again; unanswered requests fail with CANCELLED. Twice is fine."""
         if self.state is State.CLOSED:
@@ -250,7 +265,7 @@ class Remote(Node):
             self._patience = loop.call_later(left, self._give_up)
         else:
             self._set_state(State.LOST, reason)
-            self._fail_all(Error(Kind.PEER_LOST, reason))
+            self._fail_all(Error(error.kind, reason))
         if self.state is not State.CLOSED:
             self._task = loop.create_task(self._reconnect())
 

@@ -326,8 +326,6 @@ class Session:
         stream.start = body + whole
         payload = stream.memory.view[body : body + whole]
         if kind == Chunk.OFFSET_DATA:
-            if length <= transmission.DATA_PREFIX:
-                raise Error(Kind.PEER_LIED, "a data chunk without data")
             (offset,) = protocol.CHUNK_OFFSET.unpack(payload)
             length -= transmission.DATA_PREFIX
             self._receive(call.take(offset, length), length)

@@ -124,7 +124,7 @@ def parse_reply(buffer: Buffer, start: int, end: int) -> Reply | None:
     limit = protocol.MAX_REQUEST + DATA_PREFIX if kind == Chunk.OFFSET_DATA else protocol.MAX_OPTION
     if kind == Chunk.BLOCK_STATUS:
         limit = protocol.MAX_REQUEST
-    if length > limit:
+    if length > limit or (kind == Chunk.OFFSET_DATA and length <= DATA_PREFIX):
         raise Error(Kind.PEER_LIED, f"a reply's chunk of type {kind} has {length} bytes")
     return Reply(cookie, kind, bool(flags & protocol.CHUNK_DONE), 0, length)
 
