@@ -6,8 +6,9 @@ is the caller's error, whatever the peer answered, unless the resource says
 `on-local-error = "detach"`: then the first failure takes the local disk out of
 the mirror for good, and the peer serves from there on.
 
-Writes that overlap one in flight wait for it. So both disks get them in the
-same order, also when the remote node has to send some of them again.
+Both disks get overlapping writes in the order in which they were made: the
+local disk takes each at once, and the remote node keeps the order, also when it
+has to send some of them again.
 
 The peer's failures never reach the caller: the filter below swallows and
 records them. What else goes wrong is counted in `errors`, per child, and
@@ -17,15 +18,12 @@ reported through `report`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
+from tcmu_replication.block.buffers import size
 from tcmu_replication.block.node import Buffers, Extent, Node
 from tcmu_replication.block.pending import Pending, attempt, gather
 from tcmu_replication.errors import Error
-
-_REGION_SHIFT = 20
-"""In-flight writes are filed by the mebibytes they touch: a small write looks at one short list."""
 
 
 class Failure(NamedTuple):
@@ -38,18 +36,12 @@ class Failure(NamedTuple):
     error: Error
 
 
-class _Flight(NamedTuple):
-    start: int
-    end: int
-    pending: Pending
-
-
 class Mirror(Node):
     """Writes to `disk` and, while it is attached, to `replica`; reads from `disk`.
 
     `report` is called with each child's failure. `may_detach` is asked when the
-    local disk fails: is it the policy to go on with `peer` (the node that reads
-    the secondary's disk), and has the peer all that was written?
+    local disk fails: is it the policy to go on with the peer, and has the peer
+    all that was written?
     """
 
     def __init__(
@@ -59,7 +51,6 @@ class Mirror(Node):
         *,
         report: Callable[[Failure], None],
         may_detach: Callable[[], bool] = lambda: False,
-        peer: Node | None = None,
     ) -> None:
         super().__init__(name, disk.length)
         self.disk: Node | None = disk
@@ -68,21 +59,24 @@ class Mirror(Node):
         self._first: Node = disk
         self._report_to = report
         self._may_detach = may_detach
-        self._peer = peer
-        self._flying: dict[int, list[_Flight]] = {}
+        self._peer: Node | None = None
 
     @property
     def children(self) -> tuple[Node, ...]:
         return tuple(child for child in (self.disk, self.replica) if child is not None)
 
-    def attach(self, replica: Node) -> None:
-        """Begin to write to `replica` too. Nothing may be in flight."""
+    def attach(self, replica: Node, peer: Node) -> None:
+        """Begin to write to `replica` too; `peer` reads the secondary's disk, should this one fail.
+
+        Nothing may be in flight.
+        """
         assert replica.length == self.length, "the engine compared the lengths"
         self.replica = replica
+        self._peer = peer
 
     def remove(self) -> None:
         """Stop writing to the replica. Nothing may be in flight."""
-        self.replica = None
+        self.replica = self._peer = None
 
     @property
     def detached(self) -> bool:
@@ -120,15 +114,15 @@ class Mirror(Node):
             pending.then(ended)
             return whole
         assert error is not None
-        self._failed(self.disk, "read", offset, sum(map(len, buffers)), error)
+        self._failed(self.disk, "read", offset, size(buffers), error)
         if not self._drop_disk():
             raise error
         return self._first.read(offset, buffers)
 
     def write(self, offset: int, buffers: Buffers, fua: bool = False) -> Pending | None:
         if self.replica is None:
-            return self._write_disk("write", offset, sum(map(len, buffers)), (buffers, fua))
-        return self._write_both("write", offset, sum(map(len, buffers)), (buffers, fua))
+            return self._write_disk("write", offset, size(buffers), (buffers, fua))
+        return self._write_both("write", offset, size(buffers), (buffers, fua))
 
     def zero(self, offset: int, length: int, fua: bool = False, unmap: bool = True) -> Pending | None:
         if self.replica is None:
@@ -169,58 +163,6 @@ class Mirror(Node):
         return self._watched(self._first, operation, offset, length, error, pending)
 
     def _write_both(self, operation: str, offset: int, length: int, args: tuple) -> Pending | None:
-        if length == 0:
-            return None
-        end = offset + length
-        regions = range(offset >> _REGION_SHIFT, ((end - 1) >> _REGION_SHIFT) + 1)
-        flying = self._flying
-        earlier = [
-            flight.pending
-            for region in regions
-            for flight in flying.get(region, ())
-            if flight.start < end and offset < flight.end
-        ]
-        if earlier:
-            whole = Pending()
-            self._file(regions, _Flight(offset, end, whole))
-            wait = gather(_quiet(p) for p in set(earlier))
-            again = partial(self._start_late, whole, operation, offset, length, args)
-            if wait is None:
-                again(None)
-            else:
-                wait.then(again)
-            return whole
-        pending = self._start(operation, offset, length, args)
-        if pending is not None and not pending.done:
-            self._file(regions, _Flight(offset, end, pending))
-        return pending
-
-    def _start_late(
-        self, whole: Pending, operation: str, offset: int, length: int, args: tuple, _: Pending | None
-    ) -> None:
-        """An overlapping write's turn has come."""
-        error, pending = attempt(self._start, operation, offset, length, args)
-        if pending is None:
-            whole.complete(error)
-        else:
-            pending.then(lambda p: whole.complete(p.error))
-            self.unplug()
-
-    def _file(self, regions: range, flight: _Flight) -> None:
-        """Remember a write in flight, until it has ended."""
-        for region in regions:
-            self._flying.setdefault(region, []).append(flight)
-
-        def ended(_: Pending) -> None:
-            for region in regions:
-                flights = self._flying[region]
-                flights.remove(flight)
-                if not flights:
-                    del self._flying[region]
-
-        flight.pending.then(ended)
-
-    def _start(self, operation: str, offset: int, length: int, args: tuple) -> Pending | None:
         """Both writes at once; ends when both have ended, with the local disk's error."""
         replica = self.replica
         local = None
@@ -276,12 +218,11 @@ class Mirror(Node):
     def _judge(self, child: Node, operation: str, offset: int, length: int, error: Error) -> Error | None:
         """Report a child's failure; returns it if it is the caller's too."""
         self._failed(child, operation, offset, length, error)
+        if child is self.replica:
+            # The filter swallows what it forwards; the local disk alone decides, as long as there is one.
+            return None if self.disk is not None else error
         if child is self._peer:
             return error
-        if child is self.replica:
-            # The filter swallows what it forwards; what it raises means "not replicating",
-            # and the local disk alone decides, as long as there is one.
-            return None if self.disk is not None else error
         return None if self._drop_disk() else error
 
     def _failed(self, child: Node | None, operation: str, offset: int, length: int, error: Error) -> None:
@@ -298,12 +239,3 @@ class Mirror(Node):
         self.disk = None
         self._first = self._peer
         return True
-
-
-def _quiet(pending: Pending) -> Pending:
-    """The same end without the error: a waiter that only wants its turn."""
-    if pending.done and pending.error is None:
-        return pending
-    turn = Pending()
-    pending.then(lambda _: turn.complete())
-    return turn

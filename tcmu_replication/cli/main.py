@@ -132,7 +132,7 @@ def start(context: Context, name: str | None, everything: bool, as_json: bool, a
     wrong.
     """
     arguments = {"assume-clean": True} if assume_clean else {}
-    _command(context, name, everything, as_json, "start", lambda _: arguments, lambda _: "started")
+    _command(context, name, everything, as_json, "start", lambda _: arguments, _outcome("started"))
 
 
 @cli.command()
@@ -194,7 +194,7 @@ def stop(context: Context, name: str | None, everything: bool, as_json: bool) ->
 
     A secondary makes a last checkpoint and then serves its disk.
     """
-    _command(context, name, everything, as_json, "stop", lambda _: {}, lambda _: "stopped")
+    _command(context, name, everything, as_json, "stop", lambda _: {}, _outcome("stopped"))
 
 
 @cli.command()
@@ -260,6 +260,17 @@ def _command(
         )
     actions.run(context.run_directory, names, command, arguments, line, as_json=as_json)
     return names
+
+
+def _outcome(done: str) -> Callable[[dict[str, Any]], str]:
+    """The line of a command that QEMU's rules ignore once a replication is done."""
+
+    def line(result: dict[str, Any]) -> str:
+        if result.get("ignored"):
+            return f"ignored: its replication is {result['stage']}; start --assume-clean begins a new pairing"
+        return done
+
+    return line
 
 
 def _checkpoint_line(result: dict[str, Any]) -> str:

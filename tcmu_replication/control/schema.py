@@ -97,6 +97,13 @@ class FailoverStarted(Document, frozen=True, kw_only=True):
     stage: StageName
 
 
+class Outcome(Document, frozen=True, kw_only=True):
+    """Result of start and stop: the stage now; `ignored` if QEMU's rules ignore the command there."""
+
+    ignored: bool = False
+    stage: StageName
+
+
 class ErrorStatus(Document, frozen=True, kw_only=True):
     """Result of query-errors, as QEMU's ReplicationStatus: whether an error is recorded, and which."""
 
@@ -220,10 +227,10 @@ OPERATOR, PEER = Privilege.OPERATOR, Privilege.PEER
 
 COMMANDS = _table(
     Command("query-status", Nothing, Status, OPERATOR, "Everything about the resource."),
-    Command("start", Start, None, OPERATOR, "Begin to replicate."),
+    Command("start", Start, Outcome, OPERATOR, "Begin to replicate."),
     Command("checkpoint", Nothing, Checkpoint | None, OPERATOR, "Make the present the new baseline."),
     Command("failover", Failover, FailoverStarted | None, OPERATOR, "Make this host the one that counts."),
-    Command("stop", Nothing, None, OPERATOR, "Stop replicating; a secondary makes a last checkpoint."),
+    Command("stop", Nothing, Outcome, OPERATOR, "Stop replicating; a secondary makes a last checkpoint."),
     Command("query-errors", Nothing, ErrorStatus, OPERATOR, "The recorded replication error, if any."),
     Command("attach-device", DeviceArguments, None, OPERATOR, "Serve the LUN on a UIO device too."),
     Command("detach-device", DeviceArguments, None, OPERATOR, "The UIO device is going or gone."),

@@ -206,7 +206,7 @@ def _hosts(found: Any, path: Path) -> dict[str, Host]:
 def _check_whole(resource: _Resource, link: Link, path: Path) -> None:
     """The rules that tie several keys together."""
     if resource.name != path.stem:
-        raise refusal(path, "resource.name", repr(str(resource.name)), f"{path.stem!r}, the name of the file")
+        raise refusal(path, "resource.name", repr(resource.name), f"{path.stem!r}, the name of the file")
     if resource.size % resource.block_size:
         raise refusal(
             path,
@@ -243,9 +243,13 @@ def _table(kind: type[Struct], found: Any, where: str, path: Path) -> Any:
 
 def _value(kind: Any, found: Any, key: str, path: Path) -> Any:
     try:
-        return msgspec.convert(found, kind, dec_hook=lambda cls, value: cls.parse(value))
+        value = msgspec.convert(found, kind, dec_hook=lambda cls, value: cls.parse(value))
     except (msgspec.ValidationError, ValueError) as error:
         raise refusal(path, key, _show(found), _expected(kind)) from error
+    # What only checked itself is a plain value from here on: it is encoded again.
+    if isinstance(value, Size):
+        return int(value)
+    return str(value) if isinstance(value, Name | Serial | Address | AbsolutePath) else value
 
 
 def _expected(kind: Any) -> str:

@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from tcmu_replication.block.node import Node
-from tcmu_replication.control.schema import DEVICE_COMMANDS, Command
+from tcmu_replication.control.schema import DEVICE_COMMANDS, Command, Document, Frontend
 from tcmu_replication.control.server import Handler as CommandHandler
+from tcmu_replication.control.server import Server
 from tcmu_replication.daemon.places import Context
 from tcmu_replication.errors import Error, Kind
 
@@ -44,6 +45,13 @@ class Backstore:
         self.block_size = block_size
         self.commands = dict(commands or {})
         self.serial = serial
+
+    async def listen(self, control: Server) -> None:
+        """The control socket is there: listen where else requests and commands come from. Raises `Error`."""
+
+    def status(self, frontends: list[Frontend]) -> Document | None:
+        """The answer to query-status; None lets the worker answer with a `DeviceStatus`."""
+        return None
 
     async def close(self) -> None:
         """End everything behind the LUN; the frontends have stopped by then. Twice is fine."""

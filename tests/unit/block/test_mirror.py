@@ -83,6 +83,10 @@ def mirror_of(disk, failures, **options):
     return Mirror("mirror", disk, report=failures.append, **options)
 
 
+def attach(mirror, replica):
+    mirror.attach(replica, replica)
+
+
 def test_without_replica_writes_go_to_the_disk_alone(disk, failures):
     mirror = mirror_of(disk, failures)
     assert mirror.write(0, view(1)) is None
@@ -93,7 +97,7 @@ def test_without_replica_writes_go_to_the_disk_alone(disk, failures):
 def test_write_ends_when_both_have_ended(disk, failures):
     mirror = mirror_of(disk, failures)
     replica = Later(Memory(LENGTH))
-    mirror.attach(replica)
+    attach(mirror, replica)
     pending = mirror.write(8192, view(2))
     assert content(disk, 8192) == b"\2" * 4096
     assert not pending.done
@@ -106,7 +110,7 @@ def test_write_ends_when_both_have_ended(disk, failures):
 def test_local_failure_never_hides_behind_the_replica(disk, failures):
     mirror = mirror_of(Broken(disk, "write"), failures)
     replica = Later(Memory(LENGTH))
-    mirror.attach(replica)
+    attach(mirror, replica)
     pending = mirror.write(0, view(3))
     replica.end()
     assert pending.error.kind is Kind.IO
@@ -117,67 +121,16 @@ def test_local_failure_never_hides_behind_the_replica(disk, failures):
 def test_replica_failure_is_counted_and_not_the_callers(disk, failures):
     mirror = mirror_of(disk, failures)
     replica = Later(Memory(LENGTH))
-    mirror.attach(replica)
+    attach(mirror, replica)
     pending = mirror.write(0, view(4))
     replica.end(Error(Kind.PEER_LOST, "gone"))
     assert pending.error is None
     assert mirror.errors == {"replica": 1}
 
 
-def test_overlapping_writes_reach_both_children_in_order(disk, failures):
-    mirror = mirror_of(disk, failures)
-    replica = Later(Memory(LENGTH))
-    mirror.attach(replica)
-    first = mirror.write(4096, view(1, 8192))
-    second = mirror.write(8192, view(2, 8192))
-    third = mirror.write(0, view(3, 16384))
-    apart = mirror.write(MiB, view(9))
-    assert [offset for offset, _ in replica.log] == [4096, MiB]
-    replica.end()
-    assert first.done
-    assert [offset for offset, _ in replica.log] == [4096, MiB, 8192]
-    replica.end()
-    assert apart.done
-    replica.end()
-    assert second.done
-    assert not third.done
-    replica.end()
-    assert third.done
-    assert content(disk, 0, 16384) == content(replica.child, 0, 16384) == b"\3" * 16384
-    assert mirror._flying == {}
-
-
-def test_overlap_across_a_region_border_waits_too(disk, failures):
-    mirror = mirror_of(disk, failures)
-    replica = Later(Memory(LENGTH))
-    mirror.attach(replica)
-    mirror.write(MiB - 4096, view(1, 8192))
-    mirror.write(MiB, view(2))
-    assert len(replica.log) == 1
-    replica.end()
-    assert len(replica.log) == 2
-    replica.end()
-    assert content(disk, MiB) == b"\2" * 4096
-
-
-def test_a_failed_write_lets_the_overlapping_one_go_on(disk, failures):
-    broken = Broken(disk, "write")
-    mirror = mirror_of(broken, failures)
-    replica = Later(Memory(LENGTH))
-    mirror.attach(replica)
-    first = mirror.write(0, view(1))
-    second = mirror.write(0, view(2))
-    broken.operations.clear()
-    replica.end()
-    assert first.error is not None
-    replica.end()
-    assert second.error is None
-    assert content(disk, 0) == b"\2" * 4096
-
-
 def test_read_error_is_reported_when_detach_is_not_the_policy(disk, failures):
     mirror = mirror_of(Broken(disk, "read"), failures)
-    mirror.attach(Memory(LENGTH))
+    attach(mirror, Memory(LENGTH))
     with pytest.raises(Error):
         mirror.read(0, [memoryview(bytearray(4096))])
     assert failures[0].operation == "read"
@@ -187,8 +140,8 @@ def test_read_error_is_reported_when_detach_is_not_the_policy(disk, failures):
 def test_detach_serves_from_the_peer_after_a_read_error(disk, failures):
     peer = Memory(LENGTH)
     peer.write(0, view(7))
-    mirror = mirror_of(Broken(disk, "read"), failures, may_detach=lambda: True, peer=peer)
-    mirror.attach(peer)
+    mirror = mirror_of(Broken(disk, "read"), failures, may_detach=lambda: True)
+    attach(mirror, peer)
     buffer = memoryview(bytearray(4096))
     assert mirror.read(0, [buffer]) is None
     assert bytes(buffer) == b"\7" * 4096
@@ -197,8 +150,8 @@ def test_detach_serves_from_the_peer_after_a_read_error(disk, failures):
 
 def test_detach_after_a_write_error_keeps_the_write_on_the_peer(disk, failures):
     peer = Memory(LENGTH)
-    mirror = mirror_of(Broken(disk, "write"), failures, may_detach=lambda: True, peer=peer)
-    mirror.attach(peer)
+    mirror = mirror_of(Broken(disk, "write"), failures, may_detach=lambda: True)
+    attach(mirror, peer)
     assert mirror.write(0, view(5)) is None
     assert mirror.detached
     assert content(mirror, 0) == content(peer, 0) == b"\5" * 4096
@@ -206,8 +159,8 @@ def test_detach_after_a_write_error_keeps_the_write_on_the_peer(disk, failures):
 
 def test_detach_refused_when_the_peer_misses_writes(disk, failures):
     peer = Memory(LENGTH)
-    mirror = mirror_of(Broken(disk, "write"), failures, may_detach=lambda: False, peer=peer)
-    mirror.attach(peer)
+    mirror = mirror_of(Broken(disk, "write"), failures, may_detach=lambda: False)
+    attach(mirror, peer)
     with pytest.raises(Error):
         mirror.write(0, view(5))
     assert not mirror.detached
@@ -215,6 +168,6 @@ def test_detach_refused_when_the_peer_misses_writes(disk, failures):
 
 def test_flush_fails_with_the_local_disk(disk, failures):
     mirror = mirror_of(Broken(disk, "flush"), failures)
-    mirror.attach(Memory(LENGTH))
+    attach(mirror, Memory(LENGTH))
     with pytest.raises(Error, match="flush failed"):
         mirror.flush()

@@ -126,7 +126,7 @@ def test_error_is_sticky_and_the_first_reason_is_kept():
     machine.record("first")
     machine.record("second")
     assert machine.error == "first"
-    with pytest.raises(Error, match="^I/O error occurred$"):
+    with pytest.raises(Error, match=r"^I/O error occurred$"):
         machine.get_error()
     machine.forget_error()
     machine.get_error()

@@ -1,0 +1,421 @@
+"""The handler of `user:replication`: puts one resource's chain together on this host.
+
+    replication/disk0        the resource `disk0`, described by <config>/disk0.toml
+
+    primary     gate -> mirror -+-> file
+                                +-> filter -> NBD client ~~~> the peer's NBD server
+    secondary   gate -> filter -> active -> hidden -> file
+                NBD server -> gate -> copy-before-write -> file
+
+Beside the LUN it offers the commands of the control socket, and on a secondary
+the two TCP ports that only the primary's address may open.
+"""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import ClassVar
+
+import tcmu_replication
+from tcmu_replication.block.file import File
+from tcmu_replication.block.node import Node
+from tcmu_replication.block.offload import Offload
+from tcmu_replication.block.remote import Remote, State
+from tcmu_replication.control import schema
+from tcmu_replication.control.server import Server as ControlServer
+from tcmu_replication.control.session import Session
+from tcmu_replication.daemon import config as resources
+from tcmu_replication.daemon.config import Resource
+from tcmu_replication.daemon.handler import Backstore, Context, Handler
+from tcmu_replication.daemon.host_check import check_host
+from tcmu_replication.errors import Error, Kind
+from tcmu_replication.frontend.nbd import Export
+from tcmu_replication.frontend.nbd import Server as NbdServer
+from tcmu_replication.nbd.uri import Tcp
+from tcmu_replication.replication.epochs import Epochs
+from tcmu_replication.replication.peer import ControlPeer
+from tcmu_replication.replication.primary import Primary
+from tcmu_replication.replication.secondary import Secondary
+from tcmu_replication.replication.stages import Stage
+
+log = logging.getLogger(__name__)
+
+
+class ReplicationHandler(Handler):
+    """`config` is the name of a resource."""
+
+    subtype: ClassVar[str] = "replication"
+    description: ClassVar[str] = "the name of a resource, described by NAME.toml in /etc/tcmu-replication"
+
+    def check(self, config: str, context: Context) -> None:
+        """See `Handler.check`."""
+        others, _ = resources.load_all(context.config_directory)
+        check_host(resources.find(config, context.config_directory), context.host, others.values())
+
+    async def open(self, config: str, context: Context) -> Backstore:
+        """See `Handler.open`."""
+        self.check(config, context)
+        resource = resources.find(config, context.config_directory)
+        mine = resource.host(context.host)
+        offload = Offload()
+        try:
+            disk = File(mine.disk, offload=offload)
+        except Error:
+            offload.close()
+            raise
+        side: type[PairBackstore] = PrimaryBackstore if mine.mode == "primary" else SecondaryBackstore
+        backstore = side(resource, context.host, disk, offload)
+        try:
+            await backstore.engine.open()
+        except Error:
+            await backstore.close()
+            raise
+        return backstore
+
+
+class PairBackstore(Backstore):
+    """What both ends have in common: the commands, the status, and the LUN over NBD if it is wanted."""
+
+    table = schema.COMMANDS
+    engine: Primary | Secondary
+
+    def __init__(
+        self, resource: Resource, host: str, disk: File, offload: Offload, engine: Primary | Secondary
+    ) -> None:
+        self.resource = resource
+        self.host = host
+        self.disk = disk
+        self.engine = engine
+        self._offload = offload
+        self._control: ControlServer | None = None
+        self._stage = engine.stage
+        self._lun_server: NbdServer | None = None
+        commands = {
+            "start": self._start,
+            "checkpoint": self._checkpoint,
+            "failover": self._failover,
+            "stop": self._stop,
+            "query-errors": self._query_errors,
+        }
+        super().__init__(engine.top, resource.block_size, commands, resource.serial)
+
+    async def listen(self, control: ControlServer) -> None:
+        """See `Backstore.listen`."""
+        self._control = control
+        if self.resource.nbd is None:
+            return
+        self._lun_server = NbdServer([Export(self.resource.name, self.top, "the LUN")])
+        listen = self.resource.nbd.listen
+        if listen.unix is not None:
+            await self._lun_server.listen_unix(str(listen.unix))
+        else:
+            await self._lun_server.listen_tcp(*listen.tcp)
+
+    async def close(self) -> None:
+        """See `Backstore.close`: the replication is taken up again by the next open."""
+        if self._lun_server is not None:
+            await self._lun_server.close()
+        try:
+            await self.engine.close()
+        finally:
+            self.disk.close()
+            self._offload.close()
+
+    # --- commands
+
+    async def _start(self, arguments: schema.Start, session: Session) -> schema.Outcome:
+        done = await self.engine.start(self.engine.mode, anew=arguments.assume_clean)
+        return self._outcome(done)
+
+    async def _stop(self, arguments: schema.Nothing, session: Session) -> schema.Outcome:
+        return self._outcome(await self.engine.stop())
+
+    async def _failover(self, arguments: schema.Failover, session: Session) -> schema.FailoverStarted | None:
+        to = self.resource.failover_to(arguments.to)
+        if not await self.engine.failover(latest=to == "latest"):
+            return None
+        self._tell_stage()
+        return schema.FailoverStarted(to=to, stage=self.engine.stage.value)
+
+    async def _checkpoint(self, arguments: schema.Nothing, session: Session) -> schema.Checkpoint | None:
+        if await self.engine.checkpoint() is None:
+            return None
+        made = self._last_checkpoint()
+        if self._control is not None and made is not None:
+            self._control.emit("REPLICATION_CHECKPOINT", made)
+        return made
+
+    async def _query_errors(self, arguments: schema.Nothing, session: Session) -> schema.ErrorStatus:
+        try:
+            self.engine.get_error()
+        except Error as error:
+            reason = self.engine.machine.error
+            return schema.ErrorStatus(error=True, desc=f"{error}: {reason}" if reason else str(error))
+        return schema.ErrorStatus(error=False)
+
+    def _outcome(self, done: bool) -> schema.Outcome:
+        if done:
+            self._tell_stage()
+        return schema.Outcome(ignored=not done, stage=self.engine.stage.value)
+
+    def _tell_stage(self) -> None:
+        if self._control is not None:
+            stage = schema.StageChanged(
+                stage=self.engine.stage.value, epoch=self.engine.epoch, error=self.engine.machine.error
+            )
+            self._control.emit("REPLICATION_STAGE", stage)
+
+    # --- status
+
+    def status(self, frontends: list[schema.Frontend]) -> schema.Status:
+        """See `Backstore.status`."""
+        engine = self.engine
+        if self._lun_server is not None and self.resource.nbd is not None:
+            lun = schema.Frontend(
+                type="nbd", device=self.resource.nbd.listen, in_flight=self._lun_server.in_flight
+            )
+            frontends = [*frontends, lun]
+        return schema.Status(
+            resource=self.resource.name,
+            host=self.host,
+            mode=engine.mode.value,
+            stage=engine.stage.value,
+            epoch=engine.epoch,
+            generation=engine.manifest.generation,
+            size=self.resource.size,
+            disk=self.disk.path,
+            top=self.resource.name,
+            link=self._link(),
+            overlays=self._overlays(),
+            out_of_sync_bytes=self._out_of_sync(),
+            jobs=self._jobs(),
+            error=engine.machine.error,
+            last_checkpoint=self._last_checkpoint(),
+            frontends=frontends,
+            pid=os.getpid(),
+            version=tcmu_replication.__version__,
+        )
+
+    def _last_checkpoint(self) -> schema.Checkpoint | None:
+        manifest = self.engine.manifest
+        if not manifest.checkpoint_at:
+            return None
+        return schema.Checkpoint(
+            epoch=manifest.epoch, at=manifest.checkpoint_at, pause_ms=manifest.checkpoint_pause_ms
+        )
+
+    def _link(self) -> schema.Link:
+        return schema.Link()
+
+    def _overlays(self) -> schema.Overlays:
+        return schema.Overlays()
+
+    def _out_of_sync(self) -> int:
+        return 0
+
+    def _jobs(self) -> list[schema.Job]:
+        return []
+
+
+class PrimaryBackstore(PairBackstore):
+    """The LUN of the host that serves: connects to the secondary's two ports."""
+
+    engine: Primary
+
+    def __init__(self, resource: Resource, host: str, disk: File, offload: Offload) -> None:
+        mine = resource.host(host)
+        self._peer_name, theirs = resource.peer(host)
+        self._peer_address = theirs.address
+        self._since = _now()
+        link = resource.link
+        self._peer = ControlPeer(
+            resource.name,
+            theirs.address,
+            link.control_port,
+            local=mine.address,
+            timeout=link.timeout,
+            generation=lambda: self.engine.manifest.generation,
+        )
+        engine = Primary(
+            resource.name,
+            disk,
+            self._connect,
+            self._peer,
+            Path(mine.overlays),
+            detach=resource.on_local_error == "detach",
+        )
+        super().__init__(resource, host, disk, offload, engine)
+
+    def _connect(self, verify: Callable[[], Awaitable[None]]) -> Remote:
+        """A remote node for the secondary's export, not yet open."""
+        link = self.resource.link
+        return Remote(
+            "remote",
+            Tcp(self._peer_address, link.port),
+            self.resource.name,
+            length=self.resource.size,
+            reconnect_delay=link.reconnect_delay,
+            timeout=link.timeout,
+            verify=verify,
+            on_state=self._link_changed,
+        )
+
+    def _link_changed(self, state: State, reason: str) -> None:
+        self._since = _now()
+        text = f": {reason}" if reason else ""
+        log.log(
+            logging.INFO if state in (State.CONNECTED, State.CONNECTING, State.CLOSED) else logging.WARNING,
+            "%s: link %s%s",
+            self.resource.name,
+            state.value,
+            text,
+        )
+        if self._control is not None:
+            self._control.emit("REPLICATION_LINK", self._link())
+
+    async def close(self) -> None:
+        """See `Backstore.close`."""
+        await super().close()
+        self._peer.close()
+
+    def _link(self) -> schema.Link:
+        remote = self.engine.remote
+        if remote is None or remote.state is State.CLOSED:
+            return schema.Link(state="none", peer=self._peer_name)
+        return schema.Link(
+            state=remote.state.value,
+            peer=self._peer_name,
+            in_flight=remote.in_flight,
+            in_flight_bytes=remote.in_flight_bytes,
+            since=self._since,
+            reason=remote.reason or None,
+        )
+
+    def _out_of_sync(self) -> int:
+        return self.engine.out_of_sync_bytes
+
+
+class SecondaryBackstore(PairBackstore):
+    """The LUN of the host that follows: listens where only the primary may connect."""
+
+    engine: Secondary
+
+    def __init__(self, resource: Resource, host: str, disk: File, offload: Offload) -> None:
+        mine = resource.host(host)
+        self._mine = mine
+        self._peer_name, self._theirs = resource.peer(host)
+        allowed = ipaddress.ip_address(self._theirs.address)
+        self._server = NbdServer(allow=lambda address: ipaddress.ip_address(address) == allowed)
+        engine = Secondary(
+            resource.name,
+            disk,
+            Epochs(Path(mine.overlays), disk, offload=offload, limit=resource.overlay_limit),
+            top_id=resource.name,
+            durable=resource.durable,
+            publish=self._publish,
+            withdraw=self._withdraw,
+        )
+        super().__init__(resource, host, disk, offload, engine)
+        self.commands |= {
+            "peer-hello": self._peer_hello,
+            "peer-prepare": self._peer_prepare,
+            "peer-checkpoint": self._peer_checkpoint,
+        }
+
+    async def _publish(self, node: Node) -> None:
+        self._server.add(Export(self.resource.name, node, "forwarded writes"))
+
+    async def _withdraw(self) -> None:
+        if self.resource.name in self._server.exports:
+            await self._server.remove(self.resource.name, hard=True)
+
+    async def listen(self, control: ControlServer) -> None:
+        """See `Backstore.listen`: the two ports for the primary."""
+        await super().listen(control)
+        link = self.resource.link
+        await self._server.listen_tcp(self._mine.address, link.port)
+        await control.listen_tcp(self._mine.address, link.control_port, self._theirs.address)
+
+    async def close(self) -> None:
+        """See `Backstore.close`."""
+        await self._server.close()
+        await super().close()
+
+    def _link(self) -> schema.Link:
+        running = self.engine.stage is Stage.RUNNING
+        connected = running and self._server.connections > 0
+        return schema.Link(
+            state="connected" if connected else "listening" if running else "none",
+            peer=self._peer_name,
+            in_flight=self.engine.forwarding_in_flight,
+        )
+
+    def _overlays(self) -> schema.Overlays:
+        active, hidden = self.engine.overlay_bytes
+        return schema.Overlays(active_bytes=active, hidden_bytes=hidden)
+
+    def _jobs(self) -> list[schema.Job]:
+        job = self.engine.job
+        if job is None:
+            return []
+        return [
+            schema.Job(
+                id=job.name,
+                type=job.kind,
+                offset=job.offset,
+                length=job.length,
+                speed=int(job.speed),
+                status=job.status.value,
+                error=job.error,
+            )
+        ]
+
+    # --- the primary's commands
+
+    async def _peer_hello(self, arguments: schema.PeerHello, session: Session) -> schema.PeerState:
+        if arguments.resource != self.resource.name:
+            raise Error(
+                Kind.NOT_FOUND,
+                f"this is the resource {self.resource.name}, not {arguments.resource}; "
+                "the resource files of the two hosts must be the same",
+            )
+        if arguments.protocol != schema.PROTOCOL:
+            raise Error(
+                Kind.UNSUPPORTED,
+                f"protocol {arguments.protocol} is not spoken here, only {schema.PROTOCOL}; "
+                "run the same version on both hosts",
+            )
+        return self._state()
+
+    async def _peer_prepare(self, arguments: schema.PeerCheckpoint, session: Session) -> None:
+        await self.engine.prepare_checkpoint(arguments.epoch)
+
+    async def _peer_checkpoint(self, arguments: schema.PeerCheckpoint, session: Session) -> schema.PeerState:
+        """End the epoch, once: the primary may have to ask again when its connection was lost."""
+        if arguments.epoch == self.engine.epoch:
+            await self._checkpoint(schema.Nothing(), session)
+        elif arguments.epoch + 1 != self.engine.epoch:
+            raise Error(
+                Kind.CONFLICT,
+                f"the secondary is in epoch {self.engine.epoch}, the primary believes {arguments.epoch}",
+            )
+        return self._state()
+
+    def _state(self) -> schema.PeerState:
+        engine = self.engine
+        return schema.PeerState(
+            stage=engine.stage.value,
+            epoch=engine.epoch,
+            generation=engine.manifest.generation,
+            length=self.resource.size,
+            error=engine.machine.error,
+        )
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

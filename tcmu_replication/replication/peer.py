@@ -1,0 +1,90 @@
+"""The primary's control channel to the secondary: the `Peer` of `replication.primary`, over QMP and TCP.
+
+One connection, made when it is first needed and again when it was lost. A call
+that fails because an old connection had died unnoticed is tried once more on a
+new one; every peer command may be given twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+
+from tcmu_replication.control import schema
+from tcmu_replication.control.connection import Connection
+from tcmu_replication.errors import Error, Kind
+from tcmu_replication.replication.primary import PeerState
+from tcmu_replication.replication.stages import Stage
+
+
+class ControlPeer:
+    """The secondary of resource `name` at `address`:`port`, called from our address `local`.
+
+    `timeout` bounds each call, in seconds. `generation` gives the pairing that we
+    believe in, or "" before there is one.
+    """
+
+    def __init__(
+        self, name: str, address: str, port: int, *, local: str, timeout: float, generation: Callable[[], str]
+    ) -> None:
+        self._name = name
+        self._address = address
+        self._port = port
+        self._local = local
+        self._timeout = timeout
+        self._generation = generation
+        self._connection: Connection | None = None
+        self._connecting = asyncio.Lock()
+
+    async def hello(self) -> PeerState:
+        """Introduce ourselves; returns the secondary's state. Raises `Error`."""
+        arguments = {"resource": self._name, "protocol": schema.PROTOCOL}
+        if generation := self._generation():
+            arguments["generation"] = generation
+        return _state(await self._call("peer-hello", arguments))
+
+    async def prepare(self, epoch: int) -> None:
+        """Let the secondary get ready for the checkpoint that ends `epoch`. Raises `Error`."""
+        await self._call("peer-prepare", {"epoch": epoch})
+
+    async def checkpoint(self, epoch: int) -> PeerState:
+        """End `epoch`; returns the state after it. Raises `Error`."""
+        return _state(await self._call("peer-checkpoint", {"epoch": epoch}))
+
+    def close(self) -> None:
+        """End the connection. Twice is fine."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    async def _call(self, command: str, arguments: Mapping[str, Any]) -> Any:
+        fresh = self._connection is None or self._connection.lost.done()
+        connection = await self._connect()
+        try:
+            return await connection.execute(command, arguments, timeout=self._timeout)
+        except Error as error:
+            if error.kind is Kind.TIMED_OUT:
+                self.close()
+            if fresh or error.kind is not Kind.PEER_LOST:
+                raise
+        connection = await self._connect()
+        return await connection.execute(command, arguments, timeout=self._timeout)
+
+    async def _connect(self) -> Connection:
+        async with self._connecting:
+            if self._connection is None or self._connection.lost.done():
+                self._connection = await Connection.tcp(
+                    self._address, self._port, local=self._local, timeout=self._timeout
+                )
+            return self._connection
+
+
+def _state(answer: Any) -> PeerState:
+    try:
+        state = msgspec.convert(answer, schema.PeerState)
+    except msgspec.ValidationError as error:
+        raise Error(Kind.PEER_LIED, f"the secondary's answer is not its state: {error}") from error
+    return PeerState(Stage(state.stage), state.epoch, state.generation, state.length, state.error)

@@ -1,0 +1,429 @@
+"""The primary's end: forwards writes, commands the pair's checkpoints, remembers what the peer missed.
+
+    the LUN -> gate (top) -> mirror -+-> disk
+                                     +-> replication filter -> remote (NBD) ~~~> the secondary
+
+The filter hangs below the mirror only while replication runs. The first write
+that the secondary does not take opens a gap: nothing is forwarded any more, so
+the peer's disk stays at a point in time that this one had, and what it misses
+is marked, block by block, in a map that survives this process. As in QEMU the
+LUN goes on and the error is recorded; other than QEMU, a checkpoint is refused
+from then on, since it would make a baseline of a disk that misses writes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import msgspec
+
+from tcmu_replication.block import allocation_map
+from tcmu_replication.block.allocation_map import HERE, AllocationMap
+from tcmu_replication.block.gate import Gate
+from tcmu_replication.block.mirror import Failure, Mirror
+from tcmu_replication.block.node import Node
+from tcmu_replication.block.pending import settle
+from tcmu_replication.block.remote import Remote
+from tcmu_replication.block.replication import Forward
+from tcmu_replication.errors import Error, Kind, from_os
+from tcmu_replication.jobs.job import Job
+from tcmu_replication.replication import manifest as manifests
+from tcmu_replication.replication.manifest import Manifest
+from tcmu_replication.replication.stages import Action, Machine, Mode, Operation, Stage
+from tcmu_replication.units import BLOCK, MiB, format_size
+
+log = logging.getLogger(__name__)
+
+PROBES = 64
+"""Blocks that start compares, beside the first and the last mebibyte: disks that were never made equal show."""
+
+
+class PeerState(NamedTuple):
+    """What the secondary says of itself over the control channel."""
+
+    stage: Stage
+    epoch: int
+    generation: str
+    length: int
+    error: str | None
+
+
+class Peer(Protocol):
+    """The control channel to the secondary. Each call raises `Error` (PEER_LOST, TIMED_OUT, or the peer's)."""
+
+    def hello(self) -> Awaitable[PeerState]:
+        """Its state."""
+
+    def prepare(self, epoch: int) -> Awaitable[None]:
+        """Do what can be done of the checkpoint after `epoch` while writes go on."""
+
+    def checkpoint(self, epoch: int) -> Awaitable[PeerState]:
+        """End `epoch`; the state after it."""
+
+
+class Primary:
+    """One primary. All commands are coroutines of the worker's loop and run one at a time.
+
+    `connect(verify)` makes the remote node of the secondary's export, not yet
+    open; it awaits `verify` before a connection counts. `detach` says that the
+    peer serves where the local disk fails.
+    """
+
+    mode = Mode.PRIMARY
+
+    def __init__(
+        self,
+        name: str,
+        disk: Node,
+        connect: Callable[[Callable[[], Awaitable[None]]], Remote],
+        peer: Peer,
+        directory: Path,
+        *,
+        detach: bool = False,
+    ) -> None:
+        self.name = name
+        self.disk = disk
+        self.machine = Machine(Mode.PRIMARY)
+        self._connect = connect
+        self._peer = peer
+        self._directory = directory
+        self._detach = detach
+        self.remote: Remote | None = None
+        self.filter: Forward | None = None
+        self.mirror = Mirror("mirror", disk, report=self._report, may_detach=self._may_detach)
+        self.top = Gate(self.mirror)
+        self.out_of_sync: AllocationMap | None = None
+        self._lock = asyncio.Lock()
+        self.manifest = Manifest(name, Mode.PRIMARY, Stage.NONE, disk.length)
+
+    # --- what is shown
+
+    @property
+    def stage(self) -> Stage:
+        return self.machine.stage
+
+    @property
+    def epoch(self) -> int:
+        """The pair's epoch as last seen; 0 before the first start."""
+        return self.manifest.epoch
+
+    @property
+    def job(self) -> Job | None:
+        """A primary has no jobs."""
+        return None
+
+    @property
+    def out_of_sync_bytes(self) -> int:
+        """What the secondary is known to miss, in bytes of whole blocks."""
+        return 0 if self.out_of_sync is None else self.out_of_sync.here * BLOCK
+
+    def get_error(self) -> None:
+        """Raises QEMU's "not running" or "I/O error occurred"."""
+        self.machine.get_error()
+
+    # --- life
+
+    async def open(self) -> None:
+        """Take up what the manifest says. Raises `Error`, with nothing changed."""
+        found = manifests.load(self._directory)
+        if found is not None and found.mode is not Mode.PRIMARY:
+            if found.stage not in (Stage.NONE, Stage.DONE):
+                raise Error(
+                    Kind.BAD_CONFIG,
+                    f"this host is a secondary of {self.name} in stage {found.stage.value}, but the resource file "
+                    "makes it the primary; fail over or stop before the roles are changed",
+                )
+            found = None
+        if found is None:
+            return
+        if found.resource != self.name or found.length != self.disk.length:
+            raise Error(
+                Kind.BAD_CONFIG,
+                f"{self._directory} belongs to resource {found.resource!r} of {found.length} bytes, not to "
+                f"{self.name!r} of {self.disk.length} bytes; give each resource an overlay directory of its own",
+            )
+        self.manifest = found
+        self.machine = Machine(Mode.PRIMARY, found.stage, found.error)
+        if found.stage is not Stage.RUNNING:
+            return
+        self._open_map()
+        boot = manifests.boot_id()
+        if found.boot != boot and not found.clean:
+            self.machine.record(
+                "this host went down without a clean stop: the disks may differ in what was written since the last "
+                "flush"
+            )
+        self._save(boot=boot, clean=False, error=self.machine.error)
+        remote = self._connect(self.verify)
+        gap = None if self.machine.error is None else Error(Kind.PEER_LOST, self.machine.error)
+        if gap is None:
+            remote.open_later()
+        self._attach(remote, gap)
+
+    async def close(self) -> None:
+        """End the process's part; a running primary is taken up again at the next open."""
+        async with self._lock:
+            if self.machine.ask(Operation.CLOSE) is Action.SUSPEND:
+                try:
+                    await settle(self.mirror.flush())
+                    self._save(clean=True)
+                except Error as error:
+                    log.error("%s: not stopped cleanly: %s", self.name, error)
+            await self._hang_up()
+            if self.out_of_sync is not None:
+                self.out_of_sync.close()
+
+    # --- commands
+
+    async def start(self, mode: Mode, *, anew: bool = False) -> bool:
+        """Begin to forward; False if QEMU's rules ignore the command.
+
+        The disks must hold the same; that is probed. With `anew` the operator vouches
+        for it: it is not probed, what an earlier pairing missed is forgotten, and a
+        pairing that is done begins again.
+        """
+        async with self._lock:
+            if anew and self.stage is Stage.DONE:
+                self.machine = Machine(Mode.PRIMARY)
+            if self.machine.ask(Operation.START) is Action.IGNORE:
+                return False
+            self.machine.check_mode(mode)
+            state = await self._hello()
+            remote = self._connect(self.verify)
+            self.top.hold()
+            try:
+                await remote.open()
+                await settle(self.top.drained())
+                if not anew:
+                    await self._probe(remote)
+                self._begin(state, remote)
+            except Error:
+                remote.close()
+                await remote.wait_closed()
+                raise
+            finally:
+                self.top.release()
+            log.info("%s: running as primary, epoch %d", self.name, self.epoch)
+            return True
+
+    def _begin(self, state: PeerState, remote: Remote) -> None:
+        """With requests held: from now on every write goes to both disks."""
+        self._open_map(anew=True)
+        self._save(
+            stage=Stage.RUNNING,
+            generation=state.generation,
+            epoch=state.epoch,
+            error=None,
+            boot=manifests.boot_id(),
+            clean=False,
+        )
+        self.machine.forget_error()
+        self.machine.move(Operation.START)
+        self._attach(remote, None)
+
+    async def _hello(self) -> PeerState:
+        """The secondary's state, checked for what start needs."""
+        state = await self._peer.hello()
+        if state.stage is not Stage.RUNNING:
+            raise Error(
+                Kind.INVALID_STATE,
+                f"the secondary of {self.name} is in stage {state.stage.value}; start it first "
+                f"(tcmu-replication start {self.name}, on the secondary)",
+            )
+        if state.length != self.disk.length:
+            raise Error(
+                Kind.BAD_CONFIG,
+                f"the secondary's disk has {state.length} bytes, this one {self.disk.length}; they must be equal",
+            )
+        if state.error is not None:
+            raise Error(Kind.INVALID_STATE, f"the secondary of {self.name} has an error: {state.error}")
+        return state
+
+    async def verify(self) -> None:
+        """Before a connection counts as good: is the peer still the one that has all we sent?
+
+        Raises `Error(CONFLICT)` if not. The remote node asks this at every connect.
+        """
+        if self.stage is not Stage.RUNNING:
+            return
+        state = await self._peer.hello()
+        if state.stage is not Stage.RUNNING or state.generation != self.manifest.generation:
+            raise Error(
+                Kind.CONFLICT,
+                f"the secondary of {self.name} is not ours any more: stage {state.stage.value}, generation "
+                f"{state.generation or 'none'} instead of {self.manifest.generation}",
+            )
+        if state.error is not None:
+            raise Error(Kind.CONFLICT, f"the secondary of {self.name} may miss writes: {state.error}")
+
+    async def _probe(self, remote: Remote) -> None:
+        """Compare parts of both disks. Raises `Error(MISCOMPARE)` at the first difference."""
+        length = self.disk.length
+        ends = [(0, min(MiB, length)), (max(0, length - MiB), min(MiB, length))]
+        blocks = [random.randrange(max(1, length // BLOCK)) * BLOCK for _ in range(PROBES)]
+        for offset, size in [*ends, *((o, min(BLOCK, length - o)) for o in blocks)]:
+            theirs = memoryview(bytearray(size))
+            pending = remote.read(offset, [theirs])
+            remote.unplug()
+            await settle(pending)
+            if self.disk.fetch(offset, size) != theirs:
+                raise Error(
+                    Kind.MISCOMPARE,
+                    f"the disks of {self.name} differ; copy this host's disk to the secondary's before both are "
+                    "started. --assume-clean skips this check, if you know better",
+                    offset=offset,
+                    length=size,
+                )
+
+    async def checkpoint(self) -> float | None:
+        """End the pair's epoch. The pause in milliseconds, or None if QEMU's rules ignore it.
+
+        New writes are held and those in flight awaited; then the secondary moves its
+        epoch. If it does not answer, the writes go on and the epoch is learnt later.
+        """
+        async with self._lock:
+            if self.machine.ask(Operation.CHECKPOINT) is Action.IGNORE:
+                return None
+            self._refuse_gap()
+            await self._peer.prepare(self.epoch)
+            began = time.monotonic()
+            self.top.hold()
+            try:
+                self.top.unplug()
+                await settle(self.top.drained())
+                self._refuse_gap()
+                state = await self._peer.checkpoint(self.epoch)
+                pause = (time.monotonic() - began) * 1000
+            finally:
+                self.top.release()
+            now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+            self._save(epoch=state.epoch, checkpoint_at=now, checkpoint_pause_ms=round(pause, 3))
+            log.info("%s: checkpoint, epoch %d, paused for %.1f ms", self.name, state.epoch, pause)
+            return pause
+
+    def _refuse_gap(self) -> None:
+        if self.filter is not None and self.filter.gap is not None:
+            raise Error(
+                Kind.INVALID_STATE,
+                f"the secondary of {self.name} misses writes ({format_size(self.out_of_sync_bytes)} are known to "
+                f"differ: {self.machine.error}); a checkpoint now would be a state that never was. Stop both ends, "
+                "copy the disk to the secondary, and start both again with --assume-clean",
+            )
+
+    async def failover(self, *, latest: bool) -> bool:
+        """A primary has nothing to fail over to. Raises `Error(INVALID_STATE)`."""
+        raise Error(
+            Kind.INVALID_STATE,
+            f"this host is the primary of {self.name} and serves already; fail over on the secondary, "
+            "or stop replication here",
+        )
+
+    async def stop(self) -> bool:
+        """End replication: the LUN serves this disk alone. False if QEMU's rules ignore it."""
+        async with self._lock:
+            if self.machine.ask(Operation.STOP) is Action.IGNORE:
+                return False
+            if self.mirror.detached:
+                raise Error(
+                    Kind.INVALID_STATE,
+                    f"the local disk of {self.name} has failed and the secondary serves; "
+                    "stop the initiators and fail over there",
+                )
+            self.top.hold()
+            try:
+                self.top.unplug()
+                await settle(self.top.drained())
+                self._save(stage=Stage.DONE, error=None)
+                self.mirror.remove()
+                self.machine.forget_error()
+                self.machine.move(Operation.STOP)
+            finally:
+                self.top.release()
+            await self._hang_up()
+            log.info("%s: stopped, serving the disk alone", self.name)
+            return True
+
+    # --- steps
+
+    def _attach(self, remote: Remote, gap: Error | None) -> None:
+        """Hang the filter below the mirror; with `gap` it only marks what the peer misses."""
+        self.remote = remote
+        self.filter = Forward("replication", remote, self._missed, gap)
+        self.mirror.attach(self.filter, remote)
+
+    async def _hang_up(self) -> None:
+        if self.remote is not None:
+            self.remote.close()
+            await self.remote.wait_closed()
+
+    def _open_map(self, anew: bool = False) -> None:
+        """The map of what the peer misses; `anew` with nothing in it. Raises `Error`."""
+        path = self._directory / "out-of-sync.map"
+        if self.out_of_sync is not None:
+            self.out_of_sync.close()
+            self.out_of_sync = None
+        try:
+            if anew:
+                path.unlink(missing_ok=True)
+            if not path.exists():
+                with open(path, "xb") as file:
+                    file.truncate(allocation_map.file_size(self.disk.length))
+                    file.write(allocation_map.header(self.disk.length))
+        except OSError as e:
+            raise from_os(e, f"create {path}") from e
+        self.out_of_sync = AllocationMap(str(path), self.disk.length)
+
+    def _missed(self, offset: int, length: int, error: Error) -> None:
+        """The filter: the peer did not get this range."""
+        if self.machine.error is None:
+            self.machine.record(f"not forwarded: {error}")
+            log.error("%s: the secondary misses writes from now on: %s", self.name, error)
+            try:
+                self._save(error=self.machine.error)
+            except Error as also:
+                log.error("%s: and that could not be written down: %s", self.name, also)
+        self._mark(offset, length)
+
+    def _mark(self, offset: int, length: int) -> None:
+        if self.out_of_sync is None or length == 0:
+            return
+        try:
+            self.out_of_sync.mark(offset // BLOCK, allocation_map.blocks_of(offset + length), HERE)
+        except Error as error:
+            log.error("%s: the map of missed writes is incomplete: %s", self.name, error)
+
+    def _report(self, failure: Failure) -> None:
+        """The mirror: a child failed."""
+        if failure.child == self.disk.name and failure.operation != "read":
+            self._mark(failure.offset, failure.length)
+        log.error(
+            "%s: %s failed to %s at %d, %d bytes: %s",
+            self.name,
+            failure.child,
+            failure.operation,
+            failure.offset,
+            failure.length,
+            failure.error,
+        )
+
+    def _may_detach(self) -> bool:
+        """Go on without the local disk? Only if that is the policy and the peer misses nothing."""
+        if not self._detach or self.filter is None or self.filter.gap is not None:
+            return False
+        self.filter.alone = True
+        self.machine.record("the local disk failed; the secondary serves")
+        log.critical("%s: the local disk failed; the secondary serves from now on", self.name)
+        return True
+
+    def _save(self, **changes: object) -> None:
+        """Replace the manifest; only then is the change true."""
+        new = msgspec.structs.replace(self.manifest, **changes)
+        manifests.save(self._directory, new)
+        self.manifest = new

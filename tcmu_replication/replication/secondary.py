@@ -1,0 +1,480 @@
+"""The secondary's end: what the table of stages says, carried out on its chain.
+
+            the LUN                          forwarded writes
+               |                                    |
+          gate (top)                           gate (export)
+               |                                    |
+        replication filter                  copy-before-write
+               |                               |         |
+            active -> hidden -> disk <---------+      hidden
+
+Each epoch has overlays of its own; a checkpoint makes the next pair, and
+replacing the manifest is the moment at which it happens. A process that dies
+anywhere finds at its next open the old epoch or the new one, whole.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import logging
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Mapping
+
+import msgspec
+
+from tcmu_replication.block.copy_before_write import CopyBeforeWrite
+from tcmu_replication.block.gate import Gate
+from tcmu_replication.block.node import Node
+from tcmu_replication.block.overlay import Overlay
+from tcmu_replication.block.pending import settle
+from tcmu_replication.block.replication import Closed, Replica, Split
+from tcmu_replication.errors import Error, Kind
+from tcmu_replication.jobs.commit import Commit
+from tcmu_replication.replication import manifest as manifests
+from tcmu_replication.replication import stages
+from tcmu_replication.replication.epochs import Epochs, Pair
+from tcmu_replication.replication.manifest import Manifest
+from tcmu_replication.replication.stages import Action, Machine, Mode, Operation, Stage
+
+log = logging.getLogger(__name__)
+
+Publish = Callable[[Node], Awaitable[None]]
+"""Offer the node to the primary (an NBD export by the resource's name)."""
+
+Withdraw = Callable[[], Awaitable[None]]
+"""End the export and its connections; when it returns no forwarded write comes any more."""
+
+
+class Secondary:
+    """One secondary. All commands are coroutines of the worker's loop and run one at a time.
+
+    `roots` are the nodes that a LUN can serve, by name: where top-id is looked up.
+    """
+
+    mode = Mode.SECONDARY
+
+    def __init__(
+        self,
+        name: str,
+        disk: Node,
+        epochs: Epochs,
+        *,
+        top_id: str,
+        durable: bool,
+        publish: Publish,
+        withdraw: Withdraw,
+        roots: Mapping[str, Node] | None = None,
+    ) -> None:
+        self.name = name
+        self.disk = disk
+        self.machine = Machine(Mode.SECONDARY)
+        self._epochs = epochs
+        self._directory = epochs.directory
+        self._durable = durable
+        self._publish = publish
+        self._withdraw = withdraw
+        self._closed = Closed(
+            disk.length, f"replication of {name} is not started, its secondary has no data to show"
+        )
+        self.filter = Replica("replication", disk.length, self._closed)
+        self.top = Gate(self.filter)
+        self._top_id = top_id
+        self._roots: Mapping[str, Node] = {top_id: self.top} if roots is None else roots
+        self._pair: Pair | None = None
+        self._next: Pair | None = None
+        self._backup: CopyBeforeWrite | None = None
+        self._export: Gate | None = None
+        self._commit: Commit | None = None
+        self._commit_task: asyncio.Task[None] | None = None
+        self._sweeper: asyncio.Task[None] | None = None
+        self._lock = asyncio.Lock()
+        self.manifest = Manifest(name, Mode.SECONDARY, Stage.NONE, disk.length)
+
+    # --- what is shown
+
+    @property
+    def stage(self) -> Stage:
+        return self.machine.stage
+
+    @property
+    def epoch(self) -> int:
+        """The current epoch's number, from 1; 0 before the first start."""
+        return self.manifest.epoch
+
+    @property
+    def job(self) -> Commit | None:
+        """The commit, running or ended."""
+        return self._commit
+
+    @property
+    def overlay_bytes(self) -> tuple[int, int]:
+        """What active and hidden hold, in bytes of whole blocks."""
+        if self._pair is None:
+            return 0, 0
+        return self._pair.active.allocated_bytes, self._pair.hidden.allocated_bytes
+
+    @property
+    def forwarding_in_flight(self) -> int:
+        """Forwarded requests under way."""
+        return 0 if self._export is None else self._export.in_flight
+
+    def get_error(self) -> None:
+        """Raises QEMU's "not running" or "I/O error occurred"."""
+        self.machine.get_error()
+
+    # --- life
+
+    async def open(self) -> None:
+        """Take up what the manifest says. Raises `Error`, with nothing changed."""
+        found = manifests.load(self._directory)
+        if found is not None:
+            found = self._check(found)
+        self._epochs.sweep(None if found is None or found.stage is Stage.DONE else found.epoch)
+        if found is None:
+            return
+        self.manifest = found
+        self.machine = Machine(Mode.SECONDARY, found.stage, found.error)
+        if found.stage is Stage.DONE:
+            self.filter.reads = self.filter.writes = self.disk
+        elif found.stage is not Stage.NONE:
+            self._pair = self._epochs.open(found.epoch)
+            if found.stage is Stage.RUNNING:
+                await self._take_up(found)
+            else:
+                self.machine = Machine(Mode.SECONDARY, Stage.FAILOVER, found.error)
+                self._start_commit()
+
+    def _check(self, found: Manifest) -> Manifest | None:
+        if found.resource != self.name or found.length != self.disk.length:
+            raise Error(
+                Kind.BAD_CONFIG,
+                f"{self._directory} belongs to resource {found.resource!r} of {found.length} bytes, not to "
+                f"{self.name!r} of {self.disk.length} bytes; give each resource an overlay directory of its own",
+            )
+        if found.mode is Mode.SECONDARY:
+            return found
+        if found.stage is Stage.RUNNING:
+            raise Error(
+                Kind.BAD_CONFIG,
+                f"this host is a running primary of {self.name}, but the resource file makes it the secondary; "
+                "stop replication before the roles are changed",
+            )
+        return None
+
+    async def _take_up(self, found: Manifest) -> None:
+        """Go on as a running secondary after a restart of this process or of this host."""
+        assert self._pair is not None
+        boot = manifests.boot_id()
+        if found.boot != boot and not found.clean:
+            reason = "this host went down without a clean stop: forwarded writes since the last flush may be missing"
+            if not self._durable:
+                self._pair.close()
+                raise Error(
+                    Kind.INVALID_STATE,
+                    f"{reason}, and with durable = false the checkpoint may be torn. The disk was not touched; "
+                    f"copy the primary's disk, move {self._directory} away and start again",
+                )
+            self.machine.record(reason)
+        self._save(boot=boot, clean=False, error=self.machine.error)
+        await self._activate(self._pair)
+
+    async def close(self) -> None:
+        """End the process's part; a running secondary is taken up again at the next open."""
+        async with self._lock:
+            suspend = self.machine.ask(Operation.CLOSE) is Action.SUSPEND
+            await self._end_tasks()
+            if self._export is not None:
+                await self._withdraw()
+                self._export = None
+            if suspend and self._pair is not None:
+                await settle(self.disk.flush())
+                await settle(self._pair.active.flush())
+                await settle(self._pair.hidden.flush())
+                self._save(clean=True)
+            if self._next is not None:
+                self._next.destroy()
+                self._next = None
+            if self._pair is not None:
+                self._pair.close()
+                self._pair = None
+
+    async def _end_tasks(self) -> None:
+        if self._commit_task is not None:
+            self._commit_task.cancel()
+            await asyncio.gather(self._commit_task, return_exceptions=True)
+        if self._sweeper is not None:
+            await self._sweeper
+
+    # --- commands
+
+    async def start(self, mode: Mode, *, anew: bool = False) -> bool:
+        """Begin to keep checkpoints; False if QEMU's rules ignore the command.
+
+        `anew` begins a new pairing where an earlier one is done. Raises the table's
+        error or the first failed check's, with nothing started.
+        """
+        async with self._lock:
+            if anew and self.stage is Stage.DONE:
+                self.machine = Machine(Mode.SECONDARY)
+                self.filter.reads = self.filter.writes = self._closed
+            if self.machine.ask(Operation.START) is Action.IGNORE:
+                return False
+            self.machine.check_mode(mode)
+            pair = self._epochs.create(1)
+            try:
+                self.check_chain(pair.active, pair.hidden)
+                await settle(self.disk.flush())
+                self._save(
+                    stage=Stage.RUNNING,
+                    generation=str(uuid.uuid4()),
+                    epoch=1,
+                    error=None,
+                    boot=manifests.boot_id(),
+                    clean=False,
+                    checkpoint_at=_now(),
+                    checkpoint_pause_ms=0.0,
+                )
+            except Error:
+                pair.destroy()
+                raise
+            self._pair = pair
+            self.machine.forget_error()
+            self.machine.move(Operation.START)
+            await self._activate(pair)
+            log.info("%s: running as secondary, epoch 1", self.name)
+            return True
+
+    def check_chain(self, active: Node, hidden: Node) -> None:
+        """What replication_start checks on a secondary, in its order and with its texts."""
+        if not active.children:
+            raise Error(Kind.BAD_CONFIG, stages.NO_ACTIVE_BACKING)
+        if not hidden.children:
+            raise Error(Kind.BAD_CONFIG, stages.NO_HIDDEN_BACKING)
+        if hidden.children[0] is not self.disk:
+            raise Error(Kind.BAD_CONFIG, stages.NO_DISK_BACKEND)
+        if not active.length == hidden.length == self.disk.length:
+            raise Error(Kind.BAD_CONFIG, stages.LENGTHS_DIFFER)
+        if not (isinstance(active, Overlay) and isinstance(hidden, Overlay)):
+            raise Error(Kind.UNSUPPORTED, stages.NO_MAKE_EMPTY)
+        top = self._roots.get(self._top_id)
+        if top is None or self.filter not in _walk(top):
+            raise Error(Kind.BAD_CONFIG, stages.BAD_TOP)
+
+    async def checkpoint(self) -> float | None:
+        """Make the present the new baseline. The pause in milliseconds, or None if QEMU's rules ignore it.
+
+        A failure before the manifest is replaced leaves the old epoch in force.
+        """
+        async with self._lock:
+            if self.machine.ask(Operation.CHECKPOINT) is Action.IGNORE:
+                return None
+            if self._backup is None or self._export is None or self._pair is None:
+                raise Error(Kind.INVALID_STATE, stages.BACKUP_GONE)
+            self._check_ejected(self._pair)
+            await self._prepare()
+            new, self._next = self._next, None
+            assert new is not None
+            began = time.monotonic()
+            self._export.hold()
+            self.top.hold()
+            try:
+                return await self._switch(new, self._export, began)
+            except BaseException:
+                new.destroy()
+                raise
+            finally:
+                self.top.release()
+                self._export.release()
+
+    async def prepare_checkpoint(self, epoch: int) -> None:
+        """Do now what the checkpoint that ends `epoch` would else do while requests are held."""
+        async with self._lock:
+            if self.machine.ask(Operation.CHECKPOINT) is Action.MOVE_EPOCH and epoch == self.epoch:
+                await self._prepare()
+
+    async def _prepare(self) -> None:
+        """The next epoch's pair, and most of what the disk has to make durable."""
+        if self._next is None:
+            self._next = self._make_next()
+        if self._durable:
+            await settle(self._next.hidden.flush())
+            await settle(self._next.active.flush())
+            await settle(self.disk.flush())
+
+    def _check_ejected(self, pair: Pair) -> None:
+        """An overlay whose files were taken away cannot be emptied."""
+        if pair.active.ejected:
+            raise Error(Kind.INVALID_STATE, stages.ACTIVE_EJECTED.format(name=pair.active.name))
+        if pair.hidden.ejected:
+            raise Error(Kind.INVALID_STATE, stages.HIDDEN_EJECTED.format(name=pair.hidden.name))
+
+    def _make_next(self) -> Pair:
+        try:
+            return self._epochs.create(self.epoch + 1)
+        except Error as error:
+            raise Error(
+                error.kind, stages.CANNOT_EMPTY.format(name="active or hidden", reason=error)
+            ) from error
+
+    async def _switch(self, new: Pair, export: Gate, began: float) -> float:
+        """With requests held: wait for those in flight, then move to the next epoch."""
+        export.unplug()
+        self.top.unplug()
+        await settle(export.drained())
+        await settle(self.top.drained())
+        if self._durable:
+            await settle(self.disk.flush())
+        now = _now()
+        pause = (time.monotonic() - began) * 1000
+        self._save(epoch=self.epoch + 1, checkpoint_at=now, checkpoint_pause_ms=round(pause, 3))
+        old, self._pair = self._pair, new
+        assert self._backup is not None
+        assert old is not None
+        self._backup.retarget(new.hidden)
+        self.filter.reads = self.filter.writes = new.active
+        self._remove_behind(old)
+        log.info("%s: checkpoint, epoch %d", self.name, self.epoch)
+        return (time.monotonic() - began) * 1000
+
+    async def failover(self, *, latest: bool) -> bool:
+        """Make this end the one that counts; False if QEMU's rules ignore the command.
+
+        To the checkpoint (plus own writes), or to the `latest` write that the primary
+        had acknowledged. The LUN is writable when it returns.
+        """
+        operation = Operation.FAILOVER_TO_LATEST if latest else Operation.FAILOVER
+        async with self._lock:
+            action = self.machine.ask(operation)
+            if action is Action.IGNORE:
+                return False
+            if action is Action.DROP_OVERLAYS:
+                await self._serve_disk(operation)
+            else:
+                self._save(stage=Stage.FAILOVER)
+                await self._end_backup()
+                self.machine.move(operation)
+                self._start_commit()
+            log.warning("%s: failed over to the %s", self.name, "latest write" if latest else "checkpoint")
+            return True
+
+    async def stop(self) -> bool:
+        """End replication with a last checkpoint: the LUN serves what the primary wrote. False if ignored."""
+        async with self._lock:
+            if self.machine.ask(Operation.STOP) is Action.IGNORE:
+                return False
+            await self._serve_disk(Operation.STOP)
+            log.info("%s: stopped after a last checkpoint", self.name)
+            return True
+
+    async def backup_ended(self, reason: str) -> None:
+        """The backup job is gone without a failover: no pre-images any more, so no forwarded writes either."""
+        async with self._lock:
+            if self.machine.ask(Operation.BACKUP_ENDED) is Action.RECORD_ERROR:
+                self.machine.record(reason)
+                self._save(error=self.machine.error)
+            await self._end_backup()
+
+    # --- steps
+
+    async def _activate(self, pair: Pair) -> None:
+        """Save pre-images into the pair, show it, and let the primary in."""
+        self._backup = CopyBeforeWrite(self.disk, pair.hidden, durable=self._durable)
+        self.filter.reads = self.filter.writes = pair.active
+        self._export = Gate(self._backup)
+        await self._publish(self._export)
+
+    async def _end_backup(self) -> None:
+        """No forwarded write after this."""
+        if self._export is not None:
+            await self._withdraw()
+            self._export.unplug()
+            await settle(self._export.drained())
+        self._export = None
+        self._backup = None
+        if self._next is not None:
+            self._remove_behind(self._next)
+            self._next = None
+
+    async def _serve_disk(self, operation: Operation) -> None:
+        """Drop both overlays: the LUN is the disk."""
+        self._save(stage=Stage.DONE)
+        await self._end_backup()
+        self.top.hold()
+        try:
+            self.top.unplug()
+            await settle(self.top.drained())
+            self.filter.reads = self.filter.writes = self.disk
+            self.machine.move(operation)
+        finally:
+            self.top.release()
+        old, self._pair = self._pair, None
+        if old is not None:
+            self._remove_behind(old)
+
+    def _start_commit(self) -> None:
+        assert self._pair is not None
+        hidden, active = self._pair
+        self._commit = Commit(f"commit-{self.name}", active, hidden, self.disk, self.top)
+        self.filter.reads = active
+        self.filter.writes = Split(active, hidden, self.disk, self._commit.redo)
+        self._commit_task = asyncio.create_task(self._run_commit(self._commit))
+
+    async def _run_commit(self, commit: Commit) -> None:
+        """Carry the commit to its end and take the stage where that leads."""
+        try:
+            await commit.run()
+            self._save(stage=Stage.DONE, error=None)
+        except Error as error:
+            self._commit_failed(error)
+            return
+        self.filter.reads = self.filter.writes = self.disk
+        self.machine.forget_error()
+        self.machine.move(Operation.COMMIT_DONE)
+        old, self._pair = self._pair, None
+        log.info("%s: commit done, %d bytes", self.name, commit.offset)
+        if old is not None:
+            self._remove_behind(old)
+
+    def _commit_failed(self, error: Error) -> None:
+        """The LUN stays right from the overlays and the disk together; the next open tries again."""
+        self.machine.record(f"commit to the disk failed: {error}")
+        self.machine.move(Operation.COMMIT_FAILED)
+        log.error("%s: commit to the disk failed: %s", self.name, error)
+        try:
+            self._save(stage=Stage.FAILOVER_FAILED, error=self.machine.error)
+        except Error as also:
+            log.error("%s: and that could not be written down: %s", self.name, also)
+
+    def _remove_behind(self, old: Pair) -> None:
+        """Remove an epoch's files in a thread: unlinking a large sparse file takes time."""
+        previous = self._sweeper
+
+        async def sweep() -> None:
+            if previous is not None:
+                await previous
+            try:
+                await asyncio.to_thread(old.destroy)
+            except Error as error:
+                log.warning("%s: old overlays stay until the next start: %s", self.name, error)
+
+        self._sweeper = asyncio.create_task(sweep())
+
+    def _save(self, **changes: object) -> None:
+        """Replace the manifest; only then is the change true."""
+        new = msgspec.structs.replace(self.manifest, **changes)
+        manifests.save(self._directory, new)
+        self.manifest = new
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+
+
+def _walk(node: Node) -> list[Node]:
+    """The node and all below it."""
+    found = [node]
+    for child in node.children:
+        found += _walk(child)
+    return found

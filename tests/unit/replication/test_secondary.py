@@ -1,0 +1,614 @@
+"""The secondary's engine on real overlays: every command, its refusals, and process death between any two."""
+
+import asyncio
+import os
+
+import pytest
+
+from tcmu_replication.block.memory import Memory
+from tcmu_replication.block.node import Node
+from tcmu_replication.block.pending import Pending, settle
+from tcmu_replication.errors import Error, Kind
+from tcmu_replication.replication import manifest as manifests
+from tcmu_replication.replication import stages
+from tcmu_replication.replication.epochs import Epochs, Pair
+from tcmu_replication.replication.secondary import Secondary
+from tcmu_replication.replication.stages import Mode, Stage
+from tcmu_replication.units import BLOCK, MiB
+
+LENGTH = 8 * MiB
+OLD, FORWARDED, OWN = 0x11, 0x22, 0x33
+
+
+class Disk(Memory):
+    """A disk that can refuse writes."""
+
+    failing = False
+
+    def write(self, offset, buffers, fua=False):
+        if self.failing:
+            raise Error(Kind.IO, "the medium is broken")
+        return super().write(offset, buffers, fua)
+
+
+class Site:
+    """A secondary in `directory`; `export` is what the primary would be connected to."""
+
+    def __init__(self, directory, disk=None, *, durable=True, **options):
+        self.directory = directory
+        self.disk = disk or Disk(LENGTH)
+        self.export = None
+        self.epochs = Epochs(directory, self.disk)
+        self.durable = durable
+        self.options = {"top_id": "disk0"} | options
+        self.engine = self.make()
+
+    def make(self):
+        return Secondary(
+            "disk0",
+            self.disk,
+            self.epochs,
+            durable=self.durable,
+            publish=self.publish,
+            withdraw=self.withdraw,
+            **self.options,
+        )
+
+    async def publish(self, node):
+        self.export = node
+
+    async def withdraw(self):
+        self.export = None
+
+    async def reopen(self):
+        """What a new process finds after the old one was killed: no close was called."""
+        if self.engine._pair is not None:
+            self.engine._pair.close()
+        if self.engine._next is not None:
+            self.engine._next.close()
+        self.export = None
+        self.engine = self.make()
+        await self.engine.open()
+
+    async def forward(self, offset, length, byte=FORWARDED):
+        pending = self.export.write(offset, [memoryview(bytes([byte]) * length)])
+        self.export.unplug()
+        await settle(pending)
+
+    async def own(self, offset, length, byte=OWN):
+        await settle(self.engine.top.write(offset, [memoryview(bytes([byte]) * length)]))
+
+    async def top(self, offset, length=BLOCK):
+        view = memoryview(bytearray(length))
+        await settle(self.engine.top.read(offset, [view]))
+        return set(bytes(view))
+
+    def sec(self, offset, length=BLOCK):
+        return set(self.disk.data[offset : offset + length])
+
+    async def committed(self):
+        await self.engine._commit_task
+
+
+def run(coroutine):
+    return asyncio.run(coroutine)
+
+
+@pytest.fixture(params=[True, False], ids=["durable", "buffered"])
+def site(tmp_path, request):
+    site = Site(tmp_path, durable=request.param)
+    site.disk.data[:] = bytes([OLD]) * LENGTH
+    return site
+
+
+async def started(site):
+    await site.engine.open()
+    assert await site.engine.start(Mode.SECONDARY)
+    return site
+
+
+def test_before_start_requests_are_io_errors(site):
+    async def story():
+        await site.engine.open()
+        with pytest.raises(Error) as refused:
+            await site.top(0)
+        assert refused.value.kind is Kind.IO
+        with pytest.raises(Error):
+            await site.own(0, BLOCK)
+        with pytest.raises(Error, match=f"^{stages.NOT_RUNNING}$"):
+            site.engine.get_error()
+        with pytest.raises(Error, match=f"^{stages.BACKUP_GONE}$"):
+            await site.engine.checkpoint()
+        with pytest.raises(Error, match=f"^{stages.NOT_RUNNING}$"):
+            await site.engine.failover(latest=False)
+
+    run(story())
+
+
+def test_running_shows_the_checkpoint_and_own_writes(site):
+    async def story():
+        await started(site)
+        await site.forward(0, MiB)
+        await site.own(4 * BLOCK, BLOCK)
+        assert site.sec(0) == {FORWARDED}
+        assert await site.top(0) == {OLD}
+        assert await site.top(4 * BLOCK) == {OWN}
+        assert site.sec(4 * BLOCK) == {FORWARDED}
+        assert site.engine.overlay_bytes == (BLOCK, MiB)
+        site.engine.get_error()
+
+    run(story())
+
+
+def test_checkpoint_shows_the_forwarded_and_drops_own_writes(site):
+    async def story():
+        await started(site)
+        await site.forward(0, BLOCK)
+        await site.own(BLOCK, BLOCK)
+        assert await site.engine.checkpoint() >= 0
+        assert site.engine.epoch == 2
+        assert await site.top(0) == {FORWARDED}
+        assert await site.top(BLOCK) == {OLD}
+        assert site.engine.overlay_bytes == (0, 0)
+        await site.forward(0, BLOCK, 0x44)
+        assert await site.top(0) == {FORWARDED}
+        await site.engine.close()
+        left = sorted(p.name for p in site.directory.iterdir())
+        assert left == sorted(
+            [
+                "manifest.json",
+                *(f"epoch-00000002.{r}.{k}" for r in ("active", "hidden") for k in ("data", "map")),
+            ]
+        )
+
+    run(story())
+
+
+class Slow(Node):
+    """A node whose only write ends when the test says so."""
+
+    def __init__(self, length):
+        super().__init__("slow", length)
+        self.pending = Pending()
+
+    def write(self, offset, buffers, fua=False):
+        return self.pending
+
+
+def test_requests_during_a_checkpoint_are_held_and_belong_to_the_next_epoch(site):
+    async def story():
+        await started(site)
+        slow = site.engine.filter.writes = Slow(LENGTH)
+        site.engine.top.write(0, [memoryview(bytes(BLOCK))])
+        checkpoint = asyncio.create_task(site.engine.checkpoint())
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert site.engine.top.held
+        forwarded = site.export.write(0, [memoryview(bytes([FORWARDED]) * BLOCK)])
+        own = site.engine.top.write(BLOCK, [memoryview(bytes([OWN]) * BLOCK)])
+        assert site.sec(0) == {OLD}
+        assert not checkpoint.done()
+        slow.pending.complete()
+        await checkpoint
+        site.export.unplug()
+        await settle(forwarded)
+        await settle(own)
+        assert site.sec(0) == {FORWARDED}
+        assert await site.top(0) == {OLD}
+        assert await site.top(BLOCK) == {OWN}
+
+    run(story())
+
+
+def test_failover_to_the_checkpoint_undoes_the_forwarded(site):
+    async def story():
+        await started(site)
+        await site.forward(0, 2 * MiB)
+        await site.own(MiB, 2 * MiB)
+        assert await site.engine.failover(latest=False)
+        assert site.engine.stage is Stage.FAILOVER
+        assert site.export is None
+        assert await site.top(0) == {OLD}
+        await site.own(6 * MiB, BLOCK)
+        await site.committed()
+        assert site.engine.stage is Stage.DONE
+        assert site.engine.job.status.value == "concluded"
+        assert site.sec(0, MiB) == {OLD}
+        assert site.sec(MiB, 2 * MiB) == {OWN}
+        assert site.sec(3 * MiB, 3 * MiB) == {OLD}
+        assert site.sec(6 * MiB) == {OWN}
+        site.engine.get_error()
+        await site.own(7 * MiB, BLOCK)
+        assert site.sec(7 * MiB) == {OWN}
+
+    run(story())
+
+
+def test_failover_to_the_latest_keeps_the_forwarded(site):
+    async def story():
+        await started(site)
+        await site.forward(0, MiB)
+        await site.own(2 * MiB, MiB)
+        assert await site.engine.failover(latest=True)
+        assert site.engine.stage is Stage.DONE
+        assert await site.top(0, MiB) == {FORWARDED}
+        assert await site.top(2 * MiB) == {OLD}
+
+    run(story())
+
+
+def test_stop_makes_a_last_checkpoint(site):
+    async def story():
+        await started(site)
+        await site.forward(0, BLOCK)
+        await site.own(BLOCK, BLOCK)
+        assert await site.engine.stop()
+        assert site.engine.stage is Stage.DONE
+        assert await site.top(0) == {FORWARDED}
+        assert await site.top(BLOCK) == {OLD}
+        await site.engine.close()
+        assert [p.name for p in site.directory.iterdir()] == ["manifest.json"]
+
+    run(story())
+
+
+def test_everything_is_ignored_after_promotion(site):
+    async def story():
+        await started(site)
+        await site.engine.failover(latest=True)
+        assert await site.engine.start(Mode.PRIMARY) is False
+        assert await site.engine.checkpoint() is None
+        assert await site.engine.failover(latest=False) is False
+        assert await site.engine.stop() is False
+        site.engine.get_error()
+
+    run(story())
+
+
+def test_start_anew_after_promotion_begins_a_new_pairing(site):
+    async def story():
+        await started(site)
+        await site.forward(0, BLOCK)
+        await site.engine.stop()
+        first = site.engine.manifest.generation
+        assert await site.engine.start(Mode.SECONDARY, anew=True)
+        assert site.engine.manifest.generation != first
+        await site.forward(0, BLOCK, 0x44)
+        assert await site.top(0) == {FORWARDED}
+
+    run(story())
+
+
+def test_start_with_the_wrong_mode_leaves_nothing(site):
+    async def story():
+        await site.engine.open()
+        with pytest.raises(Error, match="needs 1, but got 0"):
+            await site.engine.start(Mode.PRIMARY)
+        assert list(site.directory.iterdir()) == []
+        assert await site.engine.start(Mode.SECONDARY)
+        with pytest.raises(Error, match=f"^{stages.RUNNING_OR_DONE}$"):
+            await site.engine.start(Mode.SECONDARY)
+
+    run(story())
+
+
+class Leaf(Node):
+    """An overlay without a backing, or of another length, or that cannot be emptied."""
+
+    def __init__(self, length, child=None):
+        super().__init__("odd", length, child)
+
+    def destroy(self):
+        pass
+
+    close = release = destroy
+
+
+def odd_pairs(disk, real):
+    """(the pair that start would get, the error) in QEMU's order of checks; each also fails the later checks."""
+    other = Memory(LENGTH)
+    yield Pair(Leaf(1), Leaf(2)), stages.NO_ACTIVE_BACKING
+    yield Pair(Leaf(1), Leaf(2, real.hidden)), stages.NO_HIDDEN_BACKING
+    yield Pair(Leaf(1, other), Leaf(2, real.hidden)), stages.NO_DISK_BACKEND
+    yield Pair(Leaf(1, disk), Leaf(2, real.hidden)), stages.LENGTHS_DIFFER
+    yield Pair(Leaf(LENGTH, disk), Leaf(LENGTH, real.hidden)), stages.NO_MAKE_EMPTY
+    yield real, stages.BAD_TOP
+
+
+def test_start_checks_the_chain_in_qemus_order(tmp_path):
+    async def story():
+        directory = tmp_path / "real"
+        directory.mkdir()
+        site = Site(tmp_path, top_id="nobody", roots={})
+        real = Epochs(directory, site.disk).create(1)
+        await site.engine.open()
+        for pair, text in list(odd_pairs(site.disk, real)):
+            site.epochs.create = lambda epoch, pair=pair: pair
+            with pytest.raises(Error) as refused:
+                await site.engine.start(Mode.SECONDARY)
+            assert str(refused.value) == text
+            assert site.engine.stage is Stage.NONE
+            assert manifests.load(tmp_path) is None
+
+    run(story())
+
+
+@pytest.mark.parametrize("roots", ["elsewhere", "nothing"])
+def test_start_with_a_top_that_is_no_root_above_the_filter(tmp_path, roots):
+    async def story():
+        site = Site(tmp_path, roots={} if roots == "nothing" else {"disk0": Memory(LENGTH)})
+        await site.engine.open()
+        for _ in range(2):
+            with pytest.raises(Error, match=f"^{stages.BAD_TOP}$"):
+                await site.engine.start(Mode.SECONDARY)
+            assert list(tmp_path.iterdir()) == []
+
+    run(story())
+
+
+def test_checkpoint_that_cannot_make_overlays_keeps_the_epoch(site):
+    async def story():
+        await started(site)
+        await site.forward(0, BLOCK)
+
+        def full(epoch):
+            raise Error(Kind.NO_SPACE, "no space left")
+
+        make, site.epochs.create = site.epochs.create, full
+        with pytest.raises(Error, match=r"^Failed to empty active or hidden: no space left$"):
+            await site.engine.checkpoint()
+        assert site.engine.stage is Stage.RUNNING
+        assert site.engine.epoch == 1
+        assert await site.top(0) == {OLD}
+        site.epochs.create = make
+        await site.engine.checkpoint()
+        assert await site.top(0) == {FORWARDED}
+
+    run(story())
+
+
+def test_checkpoint_whose_manifest_cannot_be_written_keeps_the_epoch(site, monkeypatch):
+    async def story():
+        await started(site)
+        await site.forward(0, BLOCK)
+
+        def full(directory, manifest):
+            raise Error(Kind.NO_SPACE, "no space left")
+
+        monkeypatch.setattr(manifests, "save", full)
+        with pytest.raises(Error, match="no space left"):
+            await site.engine.checkpoint()
+        monkeypatch.undo()
+        assert site.engine.epoch == 1
+        assert await site.top(0) == {OLD}
+        await site.forward(BLOCK, BLOCK)
+        assert await site.top(BLOCK) == {OLD}
+        await site.engine.checkpoint()
+        assert site.engine.epoch == 2
+
+    run(story())
+
+
+@pytest.mark.parametrize("role", ["active", "hidden"])
+def test_checkpoint_after_an_overlay_was_ejected(site, role):
+    async def story():
+        await started(site)
+        getattr(site.engine._pair, role).release()
+        text = {"active": "Active disk active is ejected", "hidden": "Hidden disk hidden is ejected"}[role]
+        with pytest.raises(Error, match=f"^{text}$"):
+            await site.engine.checkpoint()
+        assert site.engine.stage is Stage.RUNNING
+
+    run(story())
+
+
+def test_backup_ended_unexpectedly_stops_forwarding_and_is_recorded(site):
+    async def story():
+        await started(site)
+        await site.forward(0, BLOCK)
+        await site.engine.backup_ended("the backup job was cancelled")
+        assert site.export is None
+        assert await site.top(0) == {OLD}
+        with pytest.raises(Error, match=f"^{stages.IO_ERROR}$"):
+            site.engine.get_error()
+        with pytest.raises(Error, match=f"^{stages.BACKUP_GONE}$"):
+            await site.engine.checkpoint()
+        assert await site.engine.failover(latest=False)
+        await site.committed()
+        assert site.sec(0) == {OLD}
+
+    run(story())
+
+
+def test_commit_that_fails_leaves_the_lun_right_and_splits_writes(site):
+    async def story():
+        await started(site)
+        await site.forward(0, BLOCK)
+        await site.own(2 * BLOCK, BLOCK)
+        site.disk.failing = True
+        await site.engine.failover(latest=False)
+        await site.committed()
+        assert site.engine.stage is Stage.FAILOVER_FAILED
+        assert "the medium is broken" in site.engine.machine.error
+        with pytest.raises(Error, match=f"^{stages.IO_ERROR}$"):
+            site.engine.get_error()
+        assert await site.top(0) == {OLD}
+        assert await site.top(2 * BLOCK) == {OWN}
+        await site.own(0, BLOCK, 0x55)
+        assert site.sec(0) == {FORWARDED}
+        assert await site.top(0) == {0x55}
+        site.disk.failing = False
+        await site.own(4 * BLOCK, BLOCK, 0x66)
+        assert site.sec(4 * BLOCK) == {0x66}
+        for operation in (site.engine.start(Mode.SECONDARY), site.engine.checkpoint(), site.engine.stop()):
+            with pytest.raises(Error):
+                await operation
+        await site.reopen()
+        assert site.engine.stage is Stage.FAILOVER
+        await site.committed()
+        assert site.engine.stage is Stage.DONE
+        assert [site.sec(n * BLOCK) for n in (0, 1, 2, 4)] == [{0x55}, {OLD}, {OWN}, {0x66}]
+
+    run(story())
+
+
+def test_split_write_across_held_and_free_blocks(site):
+    async def story():
+        await started(site)
+        await site.forward(BLOCK, BLOCK)
+        site.disk.failing = True
+        await site.engine.failover(latest=False)
+        await site.committed()
+        site.disk.failing = False
+        await site.own(512, 3 * BLOCK, 0x77)
+        assert await site.top(512, 3 * BLOCK) == {0x77}
+        assert await site.top(0, 512) == {OLD}
+        assert site.sec(BLOCK) == {FORWARDED}
+        assert site.sec(2 * BLOCK) == {0x77}
+
+    run(story())
+
+
+def test_killed_while_running_goes_on(site):
+    async def story():
+        await started(site)
+        await site.forward(0, BLOCK)
+        await site.own(BLOCK, BLOCK)
+        generation = site.engine.manifest.generation
+        await site.reopen()
+        assert site.engine.stage is Stage.RUNNING
+        assert site.engine.manifest.generation == generation
+        assert await site.top(0) == {OLD}
+        assert await site.top(BLOCK) == {OWN}
+        await site.forward(2 * BLOCK, BLOCK)
+        assert await site.top(2 * BLOCK) == {OLD}
+        site.engine.get_error()
+
+    run(story())
+
+
+def test_killed_between_the_new_overlays_and_the_manifest_keeps_the_old_epoch(site):
+    async def story():
+        await started(site)
+        await site.forward(0, BLOCK)
+        await site.engine.prepare_checkpoint(1)
+        assert len(list(site.directory.glob("epoch-00000002.*"))) == 4
+        await site.reopen()
+        assert site.engine.epoch == 1
+        assert await site.top(0) == {OLD}
+        assert not list(site.directory.glob("epoch-00000002.*"))
+
+    run(story())
+
+
+def test_killed_after_the_manifest_has_the_new_epoch(site, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    async def story():
+        await started(site)
+        await site.forward(0, BLOCK)
+        await site.own(BLOCK, BLOCK)
+        engine = site.engine
+        await engine.prepare_checkpoint(1)
+        new, engine._next = engine._next, None
+        engine._save(epoch=2)
+        new.close()
+        await site.reopen()
+        assert site.engine.epoch == 2
+        assert await site.top(0) == {FORWARDED}
+        assert await site.top(BLOCK) == {OLD}
+
+    run(story())
+
+
+def test_killed_during_the_commit_goes_on_with_it(site):
+    async def story():
+        await started(site)
+        await site.forward(0, 4 * MiB)
+        await site.own(2 * MiB, 4 * MiB)
+        await site.engine.failover(latest=False)
+        for _ in range(3):
+            await asyncio.sleep(0)
+        site.engine._commit_task.cancel()
+        await asyncio.gather(site.engine._commit_task, return_exceptions=True)
+        await site.reopen()
+        assert site.engine.stage is Stage.FAILOVER
+        assert await site.top(0, 2 * MiB) == {OLD}
+        assert await site.top(2 * MiB, 4 * MiB) == {OWN}
+        await site.committed()
+        assert site.sec(0, 2 * MiB) == {OLD}
+        assert site.sec(2 * MiB, 4 * MiB) == {OWN}
+
+    run(story())
+
+
+def test_closed_and_opened_again_goes_on(site):
+    async def story():
+        await started(site)
+        await site.forward(0, BLOCK)
+        await site.engine.close()
+        assert manifests.load(site.directory).clean
+        site.engine = site.make()
+        await site.engine.open()
+        assert not manifests.load(site.directory).clean
+        assert await site.top(0) == {OLD}
+
+    run(story())
+
+
+def test_power_loss_is_recorded_and_the_checkpoint_is_shown(tmp_path, monkeypatch):
+    async def story():
+        site = Site(tmp_path)
+        await started(site)
+        await site.forward(0, BLOCK)
+        monkeypatch.setattr(manifests, "boot_id", lambda: "another boot")
+        await site.reopen()
+        assert await site.top(0) == {0}
+        with pytest.raises(Error, match=f"^{stages.IO_ERROR}$"):
+            site.engine.get_error()
+
+    run(story())
+
+
+def test_power_loss_without_durable_refuses_to_open(tmp_path, monkeypatch):
+    async def story():
+        site = Site(tmp_path, durable=False)
+        await started(site)
+        monkeypatch.setattr(manifests, "boot_id", lambda: "another boot")
+        with pytest.raises(Error, match="durable = false"):
+            await site.reopen()
+
+    run(story())
+
+
+def test_open_in_another_resources_directory_is_refused(tmp_path):
+    async def story():
+        site = Site(tmp_path)
+        await started(site)
+        other = Site(tmp_path, Disk(LENGTH // 2))
+        with pytest.raises(Error, match="an overlay directory of its own"):
+            await other.engine.open()
+        assert os.path.exists(tmp_path / "epoch-00000001.hidden.map")
+
+    run(story())
+
+
+def test_hidden_overlay_full_fails_the_forwarded_write_and_keeps_the_checkpoint(tmp_path):
+    async def story():
+        site = Site(tmp_path)
+        site.disk.data[:] = bytes([OLD]) * LENGTH
+        site.epochs = Epochs(tmp_path, site.disk, limit=2 * BLOCK)
+        site.engine = site.make()
+        await started(site)
+        await site.forward(0, 2 * BLOCK)
+        with pytest.raises(Error) as refused:
+            await site.forward(2 * BLOCK, BLOCK)
+        assert refused.value.kind is Kind.NO_SPACE
+        assert site.sec(2 * BLOCK) == {OLD}
+        assert await site.top(0, 3 * BLOCK) == {OLD}
+        await site.forward(0, BLOCK, 0x44)
+        await site.engine.checkpoint()
+        assert await site.top(0) == {0x44}
+
+    run(story())

@@ -1,0 +1,92 @@
+"""Imports go one way: the table of docs/architecture.md, held against the source."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = "tcmu_replication"
+
+PURE = [
+    "errors",
+    "units",
+    "scsi.*",
+    "nbd.protocol",
+    "nbd.handshake",
+    "nbd.handshake_client",
+    "nbd.transmission",
+    "nbd.uri",
+    "tcmu.layout",
+    "replication.stages",
+    "control.framing",
+    "control.session",
+]
+NO_IO = {"socket", "asyncio", "os", "mmap", "threading", "time", "select", "subprocess", "logging"}
+
+# What each folder may import of the project, besides itself, errors and units.
+MAY = {
+    "scsi": [],
+    "nbd": [],
+    "tcmu": [],
+    "block": ["nbd"],
+    "jobs": ["block"],
+    "control": [],
+    "host": ["tcmu"],
+    "replication": ["block", "jobs", "control"],
+    "frontend": ["block", "scsi", "tcmu", "nbd"],
+    "daemon": ["block", "control", "frontend", "host", "replication", "scsi", "tcmu", "jobs", "nbd"],
+    "handlers": ["block", "control", "daemon", "frontend", "jobs", "nbd", "replication", "tcmu", "scsi", "host"],
+    "cli": ["control", "daemon"],
+}
+
+
+def modules():
+    for path in sorted((ROOT / PACKAGE).rglob("*.py")):
+        yield ".".join(path.relative_to(ROOT / PACKAGE).with_suffix("").parts), path
+    for path in sorted((ROOT / "handlers").glob("*.py")):
+        yield f"handlers.{path.stem}", path
+
+
+def imports(path):
+    """Every module that a file imports, wherever the import stands."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def folder(module):
+    return module.split(".")[0]
+
+
+@pytest.mark.parametrize(("module", "path"), [pytest.param(m, p, id=m) for m, p in modules()])
+def test_imports_go_down(module, path):
+    mine = folder(module)
+    if mine not in MAY:
+        return
+    allowed = {mine, "errors", "units", "__version__", *MAY[mine]}
+    for name in imports(path):
+        if name.startswith(PACKAGE + "."):
+            theirs = folder(name.removeprefix(PACKAGE + "."))
+            assert theirs in allowed, f"{module} imports {name}; {mine} may import {sorted(allowed)}"
+
+
+def pure_modules():
+    for module, path in modules():
+        for pattern in PURE:
+            if module == pattern or (pattern.endswith(".*") and module.startswith(pattern[:-1])):
+                yield pytest.param(module, path, id=module)
+
+
+@pytest.mark.parametrize(("module", "path"), list(pure_modules()))
+def test_pure_modules_do_no_io(module, path):
+    used = {name.split(".")[0] for name in imports(path)} & NO_IO
+    assert not used, f"{module} understands bytes and must not import {sorted(used)}"
+
+
+@pytest.mark.parametrize("name", ["errors", "units"])
+def test_the_bottom_imports_nothing_of_ours(name):
+    assert not [i for i in imports(ROOT / PACKAGE / f"{name}.py") if i.startswith(PACKAGE)]
