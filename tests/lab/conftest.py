@@ -8,14 +8,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from tcmu_replication.units import MiB
-from tests.lab.disk import Disk
+from tests.lab import pair
 from tests.lab.host import Host
 from tests.lab.lab import Lab, missing_tools
 from tests.lab.network import Network
 
 LOGS = pathlib.Path(__file__).parents[2] / "lab-logs" / "tests"
-STATE = "/var/lib/tcmu-replication"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -27,12 +25,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def lab() -> Iterator[Lab]:
-    """alpha and beta, each with a `data` disk of 256 MiB and an ext4 for overlays, and client; running."""
+    """alpha and beta, each with a disk `data` and an ext4 for overlays, and client; running."""
     with Lab(LOGS) as lab:
-        for name in ("alpha", "beta"):
-            lab.host(name, disks=[Disk("data", 256 * MiB), Disk("overlays", 512 * MiB, mount=STATE)])
-        lab.host("client")
-        lab.network(alpha="10.77.0.1/24", beta="10.77.0.2/24", client="10.77.0.3/24")
+        pair.describe(lab)
         lab.boot()
         yield lab
 
