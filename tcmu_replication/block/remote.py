@@ -410,6 +410,8 @@ class Remote(Node):
     ) -> Pending | None:
         length = size(buffers)
         self._admit(offset, length)
+        if not length:
+            return None
         assert self._agreement is not None
         step = self._agreement.maximum
         if length <= step:

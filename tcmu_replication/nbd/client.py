@@ -193,7 +193,6 @@ class Session:
         if self._watch is None:
             self._watch = self._loop.call_later(self._timeout_s, self._check)
         if idle:
-            self._sent_at = self._loop.time()
             self._flush()
 
     def _flush(self) -> None:
@@ -213,11 +212,10 @@ class Session:
             self._loop.add_writer(self._sock, self._writable)
         except OSError as error:
             self._loop.call_soon(self._lose, Error(Kind.PEER_LOST, f"send: {error.strerror}"))
+        self._sent_at = self._loop.time()
         batches = self._batches
-        now = self._loop.time()
         while batches and batches[0].end <= self._sent:
-            batches.popleft().sent_at = now
-        self._sent_at = now
+            batches.popleft().sent_at = self._sent_at
 
     def _writable(self) -> None:
         self._loop.remove_writer(self._sock)
