@@ -12,26 +12,23 @@ open, as QEMU's client does. For `reconnect_delay` after the loss requests
 wait, and are sent again in their order; then they fail with PEER_LOST, and new
 ones fail at once until the connection is back. A server that comes back only to
 fall silent again, without having answered anything, gains no new delay.
-
-Writes that overlap are not in flight together: a server may answer them in any
-order, and one of two that is sent again would overwrite the other.
 """
 
 from __future__ import annotations
 
 import asyncio
 import enum
-from bisect import bisect_left, insort
-from collections import deque
 from collections.abc import Awaitable, Callable
 
 from tcmu_replication.block.buffers import part, size, zeroes
 from tcmu_replication.block.node import Buffers, Extent, Node
 from tcmu_replication.block.pending import Pending, gather
+from tcmu_replication.block.remote_queue import Queue, Request
 from tcmu_replication.errors import Error, Kind
-from tcmu_replication.nbd import client
+from tcmu_replication.nbd.client import Session
+from tcmu_replication.nbd.connect import connect
 from tcmu_replication.nbd.handshake_client import Agreement
-from tcmu_replication.nbd.protocol import Command, CommandFlag, ExtentState, TransmissionFlag
+from tcmu_replication.nbd.protocol import Command, CommandFlag, TransmissionFlag
 from tcmu_replication.nbd.uri import Address
 from tcmu_replication.units import GiB
 
@@ -47,8 +44,6 @@ _SPAN = 1 * GiB
 _LEAST = TransmissionFlag.HAS_FLAGS | TransmissionFlag.SEND_FLUSH
 """What a server must be able to do that is not asked before requests are made."""
 
-_CHANGES = frozenset({Command.WRITE, Command.WRITE_ZEROES, Command.TRIM})
-
 
 class State(enum.Enum):
     """How the connection is."""
@@ -58,35 +53,6 @@ class State(enum.Enum):
     WAITING = "waiting"
     LOST = "lost"
     CLOSED = "closed"
-
-
-class _Request(client.Call):
-    """A call with its `Pending`."""
-
-    __slots__ = ("flush_after", "owner", "pending")
-
-    def __init__(
-        self,
-        owner: Remote,
-        command: Command,
-        offset: int,
-        length: int,
-        buffers: Buffers = (),
-        flags: int = 0,
-        flush_after: bool = False,
-    ) -> None:
-        super().__init__(command, offset, length, buffers, flags)
-        self.owner = owner
-        self.pending = Pending()
-        self.flush_after = flush_after
-
-    def place(self, start: int, length: int) -> list[memoryview]:
-        if length == len(self.buffers[0]):
-            return [self.buffers[0]]
-        return part(self.buffers, start, length)
-
-    def ended(self, error: Error | None) -> None:
-        self.owner._ended(self, error)
 
 
 class Remote(Node):
@@ -126,23 +92,30 @@ class Remote(Node):
         self.export = export
         self.state = State.CONNECTING
         self.reason = ""
-        self.in_flight = 0
-        self.in_flight_bytes = 0
         self._expected = length
         self._reconnect_delay_s = reconnect_delay
         self._open_timeout_s = open_timeout
         self._timeout_s = timeout
-        self._max_in_flight = max_in_flight
         self._verify = verify
         self._on_state = on_state
         self._agreement: Agreement | None = None
         self._flags = TransmissionFlag(0)
-        self._session: client.Session | None = None
-        self._queue: deque[_Request] = deque()
-        self._changing = _Ranges()
+        self._session: Session | None = None
+        self._queue = Queue(max_in_flight)
         self._patience: asyncio.TimerHandle | None = None
         self._deadline: float | None = None
+        self._pause_s = 0.0
         self._task: asyncio.Task[None] | None = None
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that have not ended, sent or not."""
+        return self._queue.in_flight
+
+    @property
+    def in_flight_bytes(self) -> int:
+        """The length of those, together."""
+        return self._queue.in_flight_bytes
 
     # The life of the connection
 
@@ -191,7 +164,7 @@ class Remote(Node):
         if self._patience is not None:
             self._patience.cancel()
         self._take_back()
-        self._fail_all(Error(Kind.CANCELLED, f"{self._who()} was closed"))
+        self._queue.fail_all(Error(Kind.CANCELLED, f"{self._who()} was closed"))
 
     async def wait_closed(self) -> None:
         """Wait for the end of what `close` has stopped."""
@@ -200,7 +173,7 @@ class Remote(Node):
 
     async def _connect(self) -> None:
         """Make a connection, check it, and go on with it."""
-        sock, agreement, received = await client.connect(
+        sock, agreement, received = await connect(
             self.address, self.export, timeout_s=self._timeout_s
         )
         try:
@@ -219,7 +192,7 @@ class Remote(Node):
         self._agreement = agreement
         self._flags = agreement.flags
         self.length = agreement.length
-        self._session = client.Session(
+        self._session = Session(
             sock,
             agreement,
             received,
@@ -265,25 +238,26 @@ class Remote(Node):
             self._patience = loop.call_later(left, self._give_up)
         else:
             self._set_state(State.LOST, reason)
-            self._fail_all(Error(error.kind, reason))
+            self._queue.fail_all(Error(error.kind, reason))
         if self.state is not State.CLOSED:
             self._task = loop.create_task(self._reconnect())
 
     def _give_up(self) -> None:
         self._patience = None
         self._set_state(State.LOST, self.reason)
-        self._fail_all(Error(Kind.PEER_LOST, self.reason))
+        self._queue.fail_all(Error(Kind.PEER_LOST, self.reason))
 
     async def _reconnect(self) -> None:
-        pause = FIRST_PAUSE_S
+        """Try until there is a connection: at once if the last one was good, else after a pause."""
         while True:
+            longest = WAITING_PAUSE_S if self.state is State.WAITING else LOST_PAUSE_S
+            await asyncio.sleep(min(self._pause_s, longest))
+            self._pause_s = min(max(2 * self._pause_s, FIRST_PAUSE_S), longest)
             try:
                 await self._connect()
                 return
             except Error as error:
                 self._set_state(self.state, str(error))
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, WAITING_PAUSE_S if self.state is State.WAITING else LOST_PAUSE_S)
 
     def _set_state(self, state: State, reason: str) -> None:
         changed = (state, reason) != (self.state, self.reason)
@@ -292,22 +266,11 @@ class Remote(Node):
             self._on_state(state, reason)
 
     def _take_back(self) -> None:
-        """Close the session; what it has not answered goes to the head of the queue, in its order."""
+        """Close the session; what it has not answered is queued again."""
         session, self._session = self._session, None
-        if session is None:
-            return
-        session.close()
-        unanswered = list(session.calls.values())
-        for request in reversed(unanswered):
-            assert isinstance(request, _Request)
-            request.reset()
-            self._queue.appendleft(request)
-        self._changing = _Ranges()
-
-    def _fail_all(self, error: Error) -> None:
-        queue, self._queue = self._queue, deque()
-        for request in queue:
-            self._complete(request, error)
+        if session is not None:
+            session.close()
+            self._queue.take_back(session)
 
     def _who(self) -> str:
         return f"export {self.export!r} of NBD server {self.address}"
@@ -347,7 +310,7 @@ class Remote(Node):
         if not self._flags & TransmissionFlag.SEND_FLUSH:
             return None
         self._admit(0, 0)
-        return self._add(_Request(self, Command.FLUSH, 0, 0))
+        return self._queue.add(Request(self._queue, Command.FLUSH, 0, 0))
 
     def extents(self, offset: int, length: int) -> list[Extent]:
         """All data: the server cannot be asked without waiting; `block_status` asks it."""
@@ -364,23 +327,12 @@ class Remote(Node):
             known = Pending()
             known.complete(value=self.extents(offset, length))
             return known
-        return self._add(_Request(self, Command.BLOCK_STATUS, offset, min(length, _SPAN)))
+        return self._queue.add(Request(self._queue, Command.BLOCK_STATUS, offset, min(length, _SPAN)))
 
     def unplug(self) -> None:
         """Send what was gathered, as far as it may be in flight now."""
-        session = self._session
-        if session is None or not self._queue:
-            return
-        queue = self._queue
-        batch: list[_Request] = []
-        free = self._max_in_flight - len(session.calls)
-        while queue and len(batch) < free:
-            request = queue[0]
-            if request.command in _CHANGES and not self._changing.add(request.offset, request.length):
-                break
-            batch.append(queue.popleft())
-        if batch:
-            session.send(batch)
+        if self._session is not None and self._queue:
+            self._queue.send(self._session)
 
     def _fua(self, wanted: bool) -> tuple[int, bool]:
         """The command flag, and whether a flush must follow instead."""
@@ -415,88 +367,26 @@ class Remote(Node):
         assert self._agreement is not None
         step = self._agreement.maximum
         if length <= step:
-            return self._add(_Request(self, command, offset, length, buffers, flags, flush))
+            return self._queue.add(Request(self._queue, command, offset, length, buffers, flags, flush))
         requests = []
         for start in range(0, length, step):
             count = min(step, length - start)
             views = part(buffers, start, count)
-            requests.append(_Request(self, command, offset + start, count, views, flags, flush))
-        return gather([self._add(request) for request in requests])
+            requests.append(Request(self._queue, command, offset + start, count, views, flags, flush))
+        return gather([self._queue.add(request) for request in requests])
 
     def _spans(self, command: Command, offset: int, length: int, flags: int, flush: bool) -> Pending | None:
         self._admit(offset, length)
         parts = [(start, min(_SPAN, length - start)) for start in range(0, length, _SPAN)]
         return gather(
             [
-                self._add(_Request(self, command, offset + start, count, (), flags, flush))
+                self._queue.add(Request(self._queue, command, offset + start, count, (), flags, flush))
                 for start, count in parts
             ]
         )
 
-    def _add(self, request: _Request) -> Pending:
-        self._queue.append(request)
-        self.in_flight += 1
-        self.in_flight_bytes += request.length
-        return request.pending
-
-    def _ended(self, request: _Request, error: Error | None) -> None:
-        """The server has answered."""
-        if request.command in _CHANGES:
-            self._changing.remove(request.offset)
-        if error is None and request.flush_after:
-            flush = _Request(self, Command.FLUSH, 0, 0)
-            flush.pending.then(lambda flushed: self._complete(request, flushed.error))
-            self._add(flush)
-            return
-        self._complete(request, error)
-
-    def _complete(self, request: _Request, error: Error | None) -> None:
-        self.in_flight -= 1
-        self.in_flight_bytes -= request.length
-        value = None
-        if request.command == Command.BLOCK_STATUS and error is None:
-            value = extents_of(request.extents, request.length)
-        request.pending.complete(error, value)
-
     def _answered(self) -> None:
         """A batch of replies is in: the connection is good, and there is room for more."""
         self._deadline = None
+        self._pause_s = 0.0
         self.unplug()
-
-
-class _Ranges:
-    """Byte ranges that do not overlap."""
-
-    def __init__(self) -> None:
-        self._starts: list[int] = []
-        self._ends: dict[int, int] = {}
-
-    def add(self, offset: int, length: int) -> bool:
-        """Add a range; False, and nothing done, if it overlaps one that is here."""
-        end = offset + length
-        # They do not overlap, so of those that begin before our end the last one ends last.
-        index = bisect_left(self._starts, end)
-        if index and self._ends[self._starts[index - 1]] > offset:
-            return False
-        insort(self._starts, offset)
-        self._ends[offset] = end
-        return True
-
-    def remove(self, offset: int) -> None:
-        """Remove the range that begins at `offset`."""
-        del self._ends[offset]
-        del self._starts[bisect_left(self._starts, offset)]
-
-
-def extents_of(pairs: list[tuple[int, int]], length: int) -> list[Extent]:
-    """base:allocation's (length, state) pairs as extents of at most `length` bytes, alike neighbours merged."""
-    extents: list[Extent] = []
-    for count, state in pairs:
-        count = min(count, length)
-        length -= count
-        allocated, zero = not state & ExtentState.HOLE, bool(state & ExtentState.ZERO)
-        if extents and extents[-1][1:] == (allocated, zero):
-            count += extents.pop().length
-        if count:
-            extents.append(Extent(count, allocated, zero))
-    return extents

@@ -119,7 +119,7 @@ class Connection:
             self.abort()
         if not self.closed:
             self._send()
-        if self._paused and not self.closed and self._has_room():
+        if self._paused and self._has_room():
             self._resume_soon()
 
     def _send(self) -> None:
@@ -140,11 +140,16 @@ class Connection:
 
     def _writable(self) -> None:
         self._send()
-        if self._paused and not self.closed and self._has_room():
+        if self._paused and self._has_room():
             self._serve()
 
     def _has_room(self) -> bool:
-        return self.in_flight < MAX_IN_FLIGHT and self._out.size + self._held_bytes < MAX_OWED
+        """Whether this client may have more done now."""
+        return (
+            self.in_flight < MAX_IN_FLIGHT
+            and self._out.size + self._held_bytes < MAX_OWED
+            and not self.closed
+        )
 
     def _set_reading(self, wanted: bool) -> None:
         if wanted != self._reading and not self.closed:

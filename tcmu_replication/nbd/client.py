@@ -1,4 +1,4 @@
-"""One connection to an NBD server: connect, then many calls in flight on one socket.
+"""One connection to an NBD server after the handshake: many calls in flight on one socket.
 
 Calls are sent together, their data straight from the caller's memory, and
 replies are taken together, read data straight to the caller's memory where it
@@ -18,91 +18,15 @@ from collections.abc import Callable, Sequence
 
 from tcmu_replication.errors import Error, Kind
 from tcmu_replication.nbd import protocol, transmission
-from tcmu_replication.nbd.handshake_client import Agreement, ClientHandshake
+from tcmu_replication.nbd.call import Batch, Call
+from tcmu_replication.nbd.handshake_client import Agreement
 from tcmu_replication.nbd.outbox import MAX_BUFFERS, Queue, drop_first
 from tcmu_replication.nbd.protocol import Chunk, Command
 from tcmu_replication.nbd.stream import Stream
 from tcmu_replication.nbd.transmission import Reply
-from tcmu_replication.nbd.uri import Address, Unix
 
 _READ = int(Command.READ)
 _WRITE = int(Command.WRITE)
-
-
-class Call:
-    """A request of one connection, to be sent again on another if that one is lost.
-
-    `buffers` are what a WRITE sends, or what a READ fills. `place` says where
-    a part of the read data goes, `ended` is called once with the outcome, and
-    a BLOCK_STATUS finds its (length, state) pairs in `extents`.
-    """
-
-    __slots__ = ("_parts", "batch", "buffers", "command", "error", "extents", "flags", "length", "offset")
-
-    def __init__(
-        self, command: Command, offset: int, length: int, buffers: Sequence[memoryview] = (), flags: int = 0
-    ) -> None:
-        self.command = command
-        self.offset = offset
-        self.length = length
-        self.buffers = buffers
-        self.flags = flags
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget a reply that was cut off."""
-        self.batch: Batch | None = None
-        self.extents: list[tuple[int, int]] = []
-        self.error: Error | None = None
-        self._parts: list[tuple[int, int]] | None = None
-
-    def place(self, start: int, length: int) -> list[memoryview]:
-        """The parts of `buffers` for `length` bytes, `start` bytes into the call."""
-        raise NotImplementedError
-
-    def ended(self, error: Error | None) -> None:
-        """The reply is complete."""
-        raise NotImplementedError
-
-    # What a session tells a call
-
-    def failed(self, error: Error) -> None:
-        """The server says that the call failed; its first reason counts."""
-        self.error = self.error or error
-
-    def take(self, offset: int, length: int) -> list[memoryview]:
-        """Where a data chunk goes. Raises Error PEER_LIED if it lies outside the call."""
-        start = offset - self.offset
-        if self.command != _READ or start < 0 or length <= 0 or start + length > self.length:
-            raise Error(Kind.PEER_LIED, "data for what was not asked", offset=offset, length=length)
-        self._parts = self._parts or []
-        self._parts.append((start, start + length))
-        return self.place(start, length)
-
-    def check(self) -> None:
-        """The last chunk is in. Raises Error PEER_LIED if parts are missing or came twice."""
-        if self.error is not None:
-            return
-        if self.command == _READ:
-            end = 0
-            for start, stop in sorted(self._parts or ()):
-                if start != end:
-                    raise Error(Kind.PEER_LIED, "a reply with a gap", offset=self.offset, length=self.length)
-                end = stop
-            if end != self.length:
-                raise Error(Kind.PEER_LIED, "a reply too short", offset=self.offset, length=self.length)
-        if self.command == Command.BLOCK_STATUS and not self.extents:
-            raise Error(Kind.PEER_LIED, "a block status without any", offset=self.offset, length=self.length)
-
-
-class Batch:
-    """Calls that were sent together: the stream's position behind them and when that was reached."""
-
-    __slots__ = ("end", "sent_at")
-
-    def __init__(self, end: int) -> None:
-        self.end = end
-        self.sent_at: float | None = None
 
 
 class Session:
@@ -369,76 +293,3 @@ class Session:
         name = protocol.error_name(error)
         said = f"the NBD server answered {call.command.name} with {name}{': ' + text if text else ''}"
         return Error(kind, said, offset=call.offset, length=call.length)
-
-
-async def connect(
-    address: Address, export: str, *, timeout_s: float
-) -> tuple[socket.socket, Agreement, bytes]:
-    """A connected socket, what was agreed on, and bytes that came behind it, within `timeout_s`.
-
-    Raises Error PEER_LOST (no connection, or it ended in the handshake), PEER_LIED
-    (no NBD server), NOT_FOUND (no such export), PERMISSION, UNSUPPORTED.
-    """
-    loop = asyncio.get_running_loop()
-    sock: socket.socket | None = None
-    try:
-        async with asyncio.timeout(timeout_s):
-            sock = await _open_socket(address, timeout_s)
-            handshake = ClientHandshake(export)
-            while handshake.agreed is None:
-                received = await loop.sock_recv(sock, 4096)
-                if not received:
-                    raise Error(Kind.PEER_LOST, "hung up in the handshake")
-                if answer := handshake.receive(received):
-                    await loop.sock_sendall(sock, answer)
-            return sock, handshake.agreed, handshake.rest
-    except BaseException as error:
-        if sock is not None:
-            sock.close()
-        who = f"NBD server {address}"
-        if isinstance(error, TimeoutError):
-            raise Error(Kind.PEER_LOST, f"{who}: no answer in {timeout_s:g} s") from error
-        if isinstance(error, OSError):
-            raise Error(Kind.PEER_LOST, f"{who}: {error.strerror or error}") from error
-        if isinstance(error, Error):
-            raise Error(error.kind, f"{who}: {error.detail}") from error
-        raise
-
-
-async def _open_socket(address: Address, timeout_s: float) -> socket.socket:
-    loop = asyncio.get_running_loop()
-    if isinstance(address, Unix):
-        return await _connected(socket.AF_UNIX, address.path)
-    found = await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
-    refused: OSError = OSError(f"{address.host} has no address")
-    for family, _, _, _, target in found:
-        try:
-            sock = await _connected(family, target)
-        except OSError as error:
-            refused = error
-            continue
-        # What a dead host has not acknowledged for timeout_s ends the connection; keep-alive finds
-        # one that dies while nothing is under way.
-        probe = max(1, int(timeout_s / 4))
-        for option, value in (
-            (socket.TCP_NODELAY, 1),
-            (socket.TCP_USER_TIMEOUT, max(1, int(timeout_s * 1000))),
-            (socket.TCP_KEEPIDLE, probe),
-            (socket.TCP_KEEPINTVL, probe),
-            (socket.TCP_KEEPCNT, 3),
-        ):
-            sock.setsockopt(socket.IPPROTO_TCP, option, value)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        return sock
-    raise refused
-
-
-async def _connected(family: int, target: str | tuple[object, ...]) -> socket.socket:
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        sock.setblocking(False)
-        await asyncio.get_running_loop().sock_connect(sock, target)
-    except BaseException:
-        sock.close()
-        raise
-    return sock

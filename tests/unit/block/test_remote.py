@@ -17,7 +17,8 @@ from tcmu_replication.block.faults import Faults
 from tcmu_replication.block.memory import Memory
 from tcmu_replication.block.node import Extent
 from tcmu_replication.block.pending import Pending
-from tcmu_replication.block.remote import Remote, State, _Ranges, extents_of
+from tcmu_replication.block.remote import Remote, State
+from tcmu_replication.block.remote_queue import Ranges, extents_of
 from tcmu_replication.errors import Error, Kind
 from tcmu_replication.frontend.nbd import Export, Server
 from tcmu_replication.nbd import protocol, transmission
@@ -909,7 +910,7 @@ def test_request_before_open_is_refused() -> None:
 
 
 def test_ranges_take_only_what_does_not_overlap() -> None:
-    ranges = _Ranges()
+    ranges = Ranges()
     assert ranges.add(100, 50)
     assert ranges.add(150, 10)
     assert ranges.add(0, 100)

@@ -19,7 +19,8 @@ from tcmu_replication.block.memory import Memory
 from tcmu_replication.errors import Error, Kind
 from tcmu_replication.frontend import nbd_connection
 from tcmu_replication.frontend.nbd import Export, Server
-from tcmu_replication.nbd import client, protocol, transmission
+from tcmu_replication.nbd import protocol, transmission
+from tcmu_replication.nbd.connect import connect
 from tcmu_replication.nbd.protocol import Command, CommandFlag, NbdError
 from tcmu_replication.nbd.uri import Tcp, Unix
 from tcmu_replication.units import KiB, MiB
@@ -86,7 +87,7 @@ class House:
         self.stack = contextlib.ExitStack()
 
     async def client(self, export: str = "disk0") -> Raw:
-        sock, _, _ = await client.connect(Unix(self.path), export, timeout_s=20)
+        sock, _, _ = await connect(Unix(self.path), export, timeout_s=20)
         return Raw(self.stack.enter_context(sock))
 
     async def plain_client(self) -> Raw:
@@ -530,7 +531,7 @@ def test_tcp_client_must_be_allowed(caplog: pytest.LogCaptureFixture) -> None:
         server = Server([Export("disk0", memory)], allow=lambda host: bool(asked.append(host)))
         port = await server.listen_tcp("127.0.0.1", 0)
         with pytest.raises(Error) as caught:
-            await client.connect(Tcp("127.0.0.1", port), "disk0", timeout_s=20)
+            await connect(Tcp("127.0.0.1", port), "disk0", timeout_s=20)
         assert caught.value.kind is Kind.PEER_LOST
         assert asked == ["127.0.0.1"]
         await server.close()
@@ -543,7 +544,7 @@ def test_tcp_on_every_address_of_a_host() -> None:
     async def main() -> None:
         server = Server([Export("disk0", Memory(LENGTH))])
         port = await server.listen_tcp("", 0)
-        sock, agreement, _ = await client.connect(Tcp("127.0.0.1", port), "disk0", timeout_s=20)
+        sock, agreement, _ = await connect(Tcp("127.0.0.1", port), "disk0", timeout_s=20)
         assert agreement.length == LENGTH
         sock.close()
         with pytest.raises(Error, match="in use") as caught:
