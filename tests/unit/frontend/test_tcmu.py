@@ -87,6 +87,8 @@ class Host:
         self._ended = asyncio.Event()
         self.kernel.on_result = lambda _: self._ended.set()
         self.kernel.attach(self.loop)
+        self.defects = []
+        self.loop.set_exception_handler(lambda _, context: self.defects.append(context))
 
     async def __aenter__(self):
         await self.frontend.start()
@@ -97,10 +99,16 @@ class Host:
             self.node.end()
         await self.frontend.stop()
         self.kernel.close()
+        assert self.defects == []
 
     async def until(self, condition):
         while not condition():
             await asyncio.sleep(0)
+
+    async def turns(self):
+        """Whatever the frontend wants to do next, of configfs too, has happened when this ends."""
+        for _ in range(3):
+            await settle(self.frontend._switches(lambda: None, "nothing"))
 
     async def results(self, *tokens):
         while not all(token in self.kernel.results for token in tokens):
@@ -257,6 +265,28 @@ async def test_a_batch_is_unplugged_and_answered_once():
 
 
 @on_loop
+async def test_ring_that_never_gets_empty_lets_others_have_their_turn():
+    async with Host() as host:
+        kernel, left, turns = host.kernel, 200, []
+        first = kernel.queue(TEST_UNIT_READY)
+
+        def queue_another(_):
+            nonlocal left
+            left -= 1
+            if left:
+                kernel.queue(TEST_UNIT_READY)  # found without an event: the frontend is looking
+
+        kernel.on_result = queue_another
+        host.frontend.device.wake = kernel.reap
+        kernel.kick()
+        while left:
+            turns.append(left)
+            await asyncio.sleep(0)
+        assert len(turns) > 3
+        assert len(kernel.results) == 200 + first - 1
+
+
+@on_loop
 async def test_commands_beyond_the_room_follow():
     async with Host(kernel=FakeKernel(ring_size=1024, data_size=64 << 10)) as host:
         tokens = [host.kernel.queue(write_16(n * BLOCK, BLOCK), bytes((n,)) * BLOCK) for n in range(200)]
@@ -316,13 +346,29 @@ async def test_late_write_is_answered_busy_and_keeps_its_pages_until_the_chain_l
 
 
 @on_loop
+async def test_each_command_has_its_own_deadline():
+    async with Host(Slow(SIZE), FakeKernel(time_out_s=0), deadline_s=FOREVER_S) as host:
+        tokens = [host.kernel.queue(write_16(n * BLOCK, BLOCK), b"w" * BLOCK) for n in range(4)]
+        host.kernel.kick()
+        await host.until(lambda: len(host.node.waiting) == 4)
+        now_s = host.loop.time()
+        for n, command in enumerate(host.frontend._ring.outstanding.values()):
+            command.deadline_s = now_s + (0, 0.02, 0.04, FOREVER_S)[n]
+        host.frontend._overdue()
+        assert [result.status for result in await host.results(*tokens[:3])] == [BUSY] * 3
+        assert host.frontend.in_flight == 1
+
+
+@on_loop
 async def test_late_command_of_a_kernel_that_cannot_keep_waits_for_the_chain():
     kernel = FakeKernel(capabilities=ALL & ~Capability.KEEP_BUFFERS)
     async with Host(Slow(SIZE), kernel, deadline_s=0.01) as host:
         first = kernel.queue(read_16(0, BLOCK), in_length=BLOCK)
         kernel.kick()
         await host.until(lambda: host.frontend.counters.late == 1)
+        await host.turns()
         assert first not in kernel.results
+        assert host.frontend.counters.late == 1
         host.node.end()
         assert (await host.results(first))[0].status == GOOD
 
@@ -367,6 +413,28 @@ async def test_aborted_commands_are_answered_at_once_and_others_are_not():
 
 
 @on_loop
+async def test_abort_concerns_no_later_command_of_the_same_number():
+    async with Host(Slow(SIZE), deadline_s=FOREVER_S) as host:
+        kernel = host.kernel
+        for _ in range(2):
+            token = kernel.queue(write_16(0, BLOCK), b"w" * BLOCK)
+            kernel.kick()
+            await host.until(lambda: host.node.waiting)
+            (command,) = host.frontend._ring.outstanding.values()
+            if token == 1:
+                aborted = command
+                kernel.abort([token])
+                kernel.kick()
+                await host.results(token)
+                host.node.end()
+                await host.until(lambda: not kernel.kept)
+        assert command.cmd_id == aborted.cmd_id
+        await host.turns()
+        assert token not in kernel.results
+        assert host.frontend.counters.aborted == 1
+
+
+@on_loop
 async def test_task_management_is_asked_for():
     async with Host() as host:
         assert "notify_task_management" in host.kernel.actions
@@ -393,8 +461,7 @@ async def test_broken_ring_is_reset_when_the_chain_has_let_go():
         kernel.kick()
         await host.until(lambda: host.frontend.counters.resets)
         await host.until(lambda: kernel.blocked)
-        for _ in range(3):  # whatever the frontend asks of configfs next has its turn
-            await settle(host.frontend._switches(lambda: None, "nothing"))
+        await host.turns()
         assert kernel.actions.count("reset_ring") == 1
         host.node.end()
         results = await host.results(sound, broken)
@@ -425,11 +492,14 @@ async def test_removal_while_a_broken_ring_waits_for_the_chain_leaves_configfs_a
     host.kernel.queue(TEST_UNIT_READY, spoil=lambda entry: struct.pack_into("=I", entry, 0, 1))
     host.kernel.kick()
     await host.until(lambda: host.kernel.actions.count("block") == 2)
+    before = list(host.kernel.actions)
     host.kernel.remove()
     host.node.end()
     assert await host.closed is None
+    await host.turns()
+    assert host.kernel.actions == before
     await host.frontend.stop()
-    assert host.kernel.actions.count("reset_ring") == 1
+    assert host.defects == []
 
 
 @on_loop
@@ -469,6 +539,36 @@ async def test_command_that_ends_after_the_removal_is_forgotten():
     host.node.end()
     assert host.frontend.in_flight == 0
     await host.frontend.stop()
+
+
+@on_loop
+async def test_removal_that_shows_when_the_kernel_is_woken():
+    def gone():
+        raise Error(Kind.NOT_FOUND, "gone")
+
+    host = Host()
+    await host.frontend.start()
+    host.frontend.device.wake = gone
+    host.kernel.queue(TEST_UNIT_READY)
+    host.kernel.kick()
+    assert await host.closed is None
+    await host.frontend.stop()
+    assert host.defects == []
+
+
+@on_loop
+async def test_removal_ends_the_wait_of_stop():
+    host = Host(Slow(SIZE))
+    await host.frontend.start()
+    host.kernel.queue(write_16(0, BLOCK), b"w" * BLOCK)
+    host.kernel.kick()
+    await host.until(lambda: host.node.waiting)
+    stopping = asyncio.ensure_future(host.frontend.stop(limit_s=FOREVER_S))
+    await host.until(lambda: host.kernel.blocked)
+    await host.turns()
+    host.kernel.remove()
+    assert await stopping == 0
+    assert host.defects == []
 
 
 @on_loop
