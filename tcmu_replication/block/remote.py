@@ -218,12 +218,17 @@ class Remote(Node):
             )
         if new.flags & TransmissionFlag.READ_ONLY and not self.read_only:
             raise Error(Kind.READ_ONLY, f"{self._who()} is read-only; export it writable")
-        if old is not None and (
-            old.flags & ~new.flags & ~TransmissionFlag.READ_ONLY
-            or new.minimum > old.minimum
-            or new.maximum < old.maximum
-        ):
-            raise Error(Kind.UNSUPPORTED, f"{self._who()} came back with fewer abilities than it had")
+        if old is None:
+            return
+        missing = old.flags & ~new.flags & ~TransmissionFlag.READ_ONLY
+        if missing:
+            raise Error(Kind.UNSUPPORTED, f"{self._who()} lacks {missing.name}, which requests rely on")
+        if new.minimum > old.minimum or new.maximum < old.maximum:
+            raise Error(
+                Kind.UNSUPPORTED,
+                f"{self._who()} takes blocks of {new.minimum} to {new.maximum} bytes; "
+                f"requests rely on {old.minimum} to {old.maximum}",
+            )
 
     def _lost(self, error: Error) -> None:
         """The session has ended by itself."""

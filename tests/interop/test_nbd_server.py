@@ -171,7 +171,8 @@ def test_fio_verifies_what_it_wrote(tmp_path: Path, blocks: str) -> None:
     async def body(uri: str, server: Server, node: File) -> None:
         await run(
             "fio", "--name=verify", "--ioengine=nbd", f"--uri={uri}", "--rw=randwrite", f"--bsrange={blocks}",
-            "--bs_unaligned", "--iodepth=32", "--size=16M", "--verify=crc32c", "--verify_fatal=1",
+            "--bs_unaligned", "--iodepth=32", "--size=16M",
+            "--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0",
         )  # fmt: skip
 
     serve(tmp_path, body)
@@ -208,7 +209,7 @@ def test_fio_verifies_over_slow_and_unordered_answers(tmp_path: Path) -> None:
         server.add(Export("disk0", Late(LENGTH)))
         await run(
             "fio", "--name=verify", "--ioengine=nbd", f"--uri={uri}", "--rw=randwrite", "--bs=16k",
-            "--iodepth=32", "--size=16M", "--verify=crc32c", "--verify_fatal=1",
+            "--iodepth=32", "--size=16M", "--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0",
         )  # fmt: skip
         assert server.in_flight == 0
 

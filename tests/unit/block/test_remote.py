@@ -437,6 +437,59 @@ def test_open_waits_for_a_server_that_starts_late(tmp_path: Path) -> None:
     run(body)
 
 
+def test_requests_wait_for_a_server_that_is_opened_later(tmp_path: Path) -> None:
+    async def body() -> None:
+        states = States()
+        remote = Remote(
+            "r", Unix(str(tmp_path / "nbd.sock")), "disk0", length=LENGTH, reconnect_delay=20, on_state=states
+        )
+        remote.open_later()
+        calls = [remote.write(0, view(b"data"), True), remote.zero(2, 1), remote.flush()]
+        remote.unplug()
+        await states.until(State.WAITING, "No such file")
+        async with served(tmp_path) as (_, _, memory, _):
+            await states.until(State.CONNECTED)
+            for call in calls:
+                assert call is not None
+                await call.wait()
+            assert memory.data[:4] == b"da\0a"
+            remote.close()
+            await remote.wait_closed()
+
+    run(body)
+
+
+def test_requests_fail_when_the_server_opened_later_stays_away(tmp_path: Path) -> None:
+    async def body() -> None:
+        states = States()
+        remote = Remote("r", Unix(str(tmp_path / "none")), "disk0", length=LENGTH, on_state=states)
+        remote.open_later()
+        await states.until(State.LOST)
+        with pytest.raises(Error) as caught:
+            remote.flush()
+        assert caught.value.kind is Kind.PEER_LOST
+        remote.close()
+        await remote.wait_closed()
+
+    run(body)
+
+
+def test_server_opened_later_that_cannot_flush_is_refused(tmp_path: Path) -> None:
+    async def body() -> None:
+        states = States()
+        script = Script(tmp_path, Offer("disk0", LENGTH, Flag.HAS_FLAGS))
+        async with await asyncio.start_unix_server(script.accept, script.path):
+            remote = Remote("r", Unix(script.path), "disk0", length=LENGTH, on_state=states)
+            remote.open_later()
+            await states.until(State.LOST, "SEND_FLUSH")
+            remote.close()
+            await remote.wait_closed()
+            for writer in script.writers:
+                writer.close()
+
+    run(body)
+
+
 # Over a server that follows a script
 
 
@@ -859,7 +912,7 @@ def test_server_that_comes_back_with_less_is_refused(tmp_path: Path) -> None:
         async with scripted(tmp_path, on_state=states) as (_, peer, script):
             script.offer = script.offer._replace(flags=Flag.HAS_FLAGS)
             peer.writer.close()
-            await states.until(State.LOST, "fewer abilities")
+            await states.until(State.LOST, "SEND_FLUSH|SEND_FUA|SEND_TRIM|SEND_WRITE_ZEROES")
 
     run(body)
 
