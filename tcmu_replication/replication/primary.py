@@ -172,7 +172,9 @@ class Primary:
         async with self._lock:
             if self.machine.ask(Operation.CLOSE) is Action.SUSPEND:
                 try:
-                    await settle(self.mirror.flush())
+                    flushed = self.mirror.flush()
+                    self.mirror.unplug()
+                    await settle(flushed)
                     self._save(clean=True)
                 except Error as error:
                     log.error("%s: not stopped cleanly: %s", self.name, error)

@@ -1,0 +1,484 @@
+"""The primary's engine against a real NBD server: forwarding, gaps, checkpoints, restarts, detach."""
+
+import asyncio
+
+import pytest
+
+from tcmu_replication.block.memory import Memory
+from tcmu_replication.block.pending import settle
+from tcmu_replication.block.remote import Remote
+from tcmu_replication.errors import Error, Kind
+from tcmu_replication.frontend.nbd import Export, Server
+from tcmu_replication.nbd.uri import Unix
+from tcmu_replication.replication import manifest as manifests
+from tcmu_replication.replication import stages
+from tcmu_replication.replication.primary import PeerState, Primary
+from tcmu_replication.replication.stages import Mode, Stage
+from tcmu_replication.units import BLOCK, MiB
+
+LENGTH = 4 * MiB
+
+
+class Disk(Memory):
+    """A disk that fails the operations named in `failing`."""
+
+    def __init__(self, length, **options):
+        super().__init__(length, **options)
+        self.failing = set()
+
+    def _check(self, operation):
+        if operation in self.failing:
+            raise Error(Kind.IO, f"{operation} failed")
+
+    def read(self, offset, buffers):
+        self._check("read")
+        return super().read(offset, buffers)
+
+    def write(self, offset, buffers, fua=False):
+        self._check("write")
+        return super().write(offset, buffers, fua)
+
+
+class Site:
+    """A primary in `directory`, and a secondary that is an NBD server and a few words."""
+
+    def __init__(self, directory, *, reconnect_delay=0.0, detach=False):
+        self.directory = directory
+        self.socket = str(directory / "peer.sock")
+        self.state = directory / "state"
+        self.state.mkdir()
+        self.disk = Disk(LENGTH, name="disk")
+        self.theirs = Disk(LENGTH, name="theirs")
+        self.reconnect_delay = reconnect_delay
+        self.detach = detach
+        self.peer = PeerState(Stage.RUNNING, 1, "generation-1", LENGTH, None)
+        self.calls = []
+        self.server = None
+        self.engine = self.make()
+
+    def make(self):
+        return Primary("disk0", self.disk, self.connect, self, self.state, detach=self.detach)
+
+    def connect(self, verify):
+        return Remote(
+            "remote",
+            Unix(self.socket),
+            "disk0",
+            length=LENGTH,
+            reconnect_delay=self.reconnect_delay,
+            timeout=5.0,
+            verify=verify,
+        )
+
+    async def hello(self):
+        self.calls.append("hello")
+        return self.peer
+
+    async def prepare(self, epoch):
+        self.calls.append(f"prepare {epoch}")
+
+    async def checkpoint(self, epoch):
+        self.calls.append(f"checkpoint {epoch}")
+        self.peer = self.peer._replace(epoch=epoch + 1)
+        return self.peer
+
+    async def serve(self):
+        self.server = Server([Export("disk0", self.theirs)])
+        await self.server.listen_unix(self.socket)
+
+    async def vanish(self):
+        await self.server.close()
+
+    async def write(self, offset, byte, length=BLOCK):
+        pending = self.engine.top.write(offset, [memoryview(bytes([byte]) * length)])
+        self.engine.top.unplug()
+        await settle(pending)
+
+    async def reopen(self):
+        """What a new process finds after the old one was killed."""
+        self.engine.remote.close()
+        await self.engine.remote.wait_closed()
+        self.engine.out_of_sync.close()
+        self.engine = self.make()
+        await self.engine.open()
+
+    def byte(self, offset):
+        """The byte at `offset` on both disks."""
+        return self.disk.data[offset], self.theirs.data[offset]
+
+
+@pytest.fixture
+def site(tmp_path):
+    return Site(tmp_path)
+
+
+def run(site, story):
+    async def whole():
+        await site.serve()
+        await site.engine.open()
+        try:
+            async with asyncio.timeout(30):
+                await story()
+        finally:
+            await site.engine.close()
+            await site.server.close()
+
+    asyncio.run(whole())
+
+
+def test_before_start_the_lun_serves_the_disk_alone(site):
+    async def story():
+        await site.write(0, 1)
+        assert site.byte(0) == (1, 0)
+        with pytest.raises(Error, match=f"^{stages.NOT_RUNNING}$"):
+            site.engine.get_error()
+        assert await site.engine.checkpoint() is None
+
+    run(site, story)
+
+
+def test_running_forwards_writes_zeroes_and_discards(site):
+    async def story():
+        assert await site.engine.start(Mode.PRIMARY)
+        await site.write(0, 1, MiB)
+        assert site.byte(MiB - 1) == (1, 1)
+        pending = site.engine.top.zero(0, BLOCK)
+        site.engine.top.unplug()
+        await settle(pending)
+        assert site.byte(0) == (0, 0)
+        pending = site.engine.top.discard(BLOCK, BLOCK)
+        site.engine.top.unplug()
+        await settle(pending)
+        assert site.byte(BLOCK) == (0, 0)
+        site.engine.get_error()
+
+    run(site, story)
+
+
+def test_the_filter_is_not_read_from(site):
+    async def story():
+        await site.engine.start(Mode.PRIMARY)
+        with pytest.raises(Error) as refused:
+            site.engine.filter.read(0, [memoryview(bytearray(BLOCK))])
+        assert refused.value.kind is Kind.IO
+
+    run(site, story)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"stage": Stage.NONE}, "start it first"),
+        ({"length": LENGTH * 2}, "they must be equal"),
+        ({"error": "something"}, "has an error: something"),
+    ],
+)
+def test_start_with_a_secondary_that_is_not_ready(site, change, text):
+    async def story():
+        site.peer = site.peer._replace(**change)
+        with pytest.raises(Error, match=text):
+            await site.engine.start(Mode.PRIMARY)
+        assert site.engine.stage is Stage.NONE
+        assert manifests.load(site.state) is None
+        await site.write(0, 1)
+        assert site.byte(0) == (1, 0)
+
+    run(site, story)
+
+
+def test_start_refuses_disks_that_differ_until_told_to(site):
+    async def story():
+        site.theirs.data[100] = 1
+        with pytest.raises(Error) as refused:
+            await site.engine.start(Mode.PRIMARY)
+        assert refused.value.kind is Kind.MISCOMPARE
+        assert "copy this host's disk" in str(refused.value)
+        assert site.engine.stage is Stage.NONE
+        assert await site.engine.start(Mode.PRIMARY, anew=True)
+
+    run(site, story)
+
+
+def test_checkpoint_prepares_holds_and_moves_the_epoch(site):
+    async def story():
+        await site.engine.start(Mode.PRIMARY)
+        assert await site.engine.checkpoint() >= 0
+        assert site.calls[-2:] == ["prepare 1", "checkpoint 1"]
+        assert site.engine.epoch == 2
+        assert manifests.load(site.state).epoch == 2
+        assert not site.engine.top.held
+
+    run(site, story)
+
+
+def test_writes_during_a_checkpoint_come_after_it(site):
+    async def story():
+        await site.engine.start(Mode.PRIMARY)
+        late = []
+
+        async def checkpoint(epoch):
+            late.append(site.engine.top.write(0, [memoryview(b"\7" * BLOCK)]))
+            await asyncio.sleep(0)
+            assert site.byte(0) == (0, 0)
+            site.peer = site.peer._replace(epoch=epoch + 1)
+            return site.peer
+
+        site.checkpoint = checkpoint
+        await site.engine.checkpoint()
+        site.engine.top.unplug()
+        await settle(late[0])
+        assert site.byte(0) == (7, 7)
+
+    run(site, story)
+
+
+def test_checkpoint_without_an_answer_lets_writes_go_on(site):
+    async def story():
+        await site.engine.start(Mode.PRIMARY)
+
+        async def checkpoint(epoch):
+            raise Error(Kind.TIMED_OUT, "no answer")
+
+        site.checkpoint = checkpoint
+        with pytest.raises(Error, match="no answer"):
+            await site.engine.checkpoint()
+        await site.write(0, 3)
+        assert site.byte(0) == (3, 3)
+        assert site.engine.epoch == 1
+
+    run(site, story)
+
+
+def test_link_lost_goes_on_alone_and_remembers_what_differs(site):
+    async def story():
+        await site.engine.start(Mode.PRIMARY)
+        await site.write(0, 1)
+        await site.vanish()
+        await site.write(2 * BLOCK, 2)
+        await site.write(5 * BLOCK, 2, 2 * BLOCK)
+        assert site.byte(2 * BLOCK) == (2, 0)
+        assert site.engine.out_of_sync_bytes == 3 * BLOCK
+        with pytest.raises(Error, match=r"^I/O error occurred$"):
+            site.engine.get_error()
+        with pytest.raises(Error, match="misses writes"):
+            await site.engine.checkpoint()
+        assert "checkpoint 1" not in site.calls
+
+    run(site, story)
+
+
+def test_link_that_returns_after_a_gap_is_not_written_to(site):
+    async def story():
+        await site.engine.start(Mode.PRIMARY)
+        await site.vanish()
+        await site.write(0, 1)
+        await site.serve()
+        while site.engine.remote.state.value != "connected":
+            await asyncio.sleep(0.01)
+        await site.write(BLOCK, 2)
+        assert site.byte(BLOCK) == (2, 0)
+        assert site.engine.out_of_sync_bytes == 2 * BLOCK
+        with pytest.raises(Error, match="misses writes"):
+            await site.engine.checkpoint()
+
+    run(site, story)
+
+
+def test_gap_survives_the_process(site):
+    async def story():
+        await site.engine.start(Mode.PRIMARY)
+        await site.vanish()
+        await site.write(0, 1)
+        await site.serve()
+        await site.reopen()
+        assert site.engine.out_of_sync_bytes == BLOCK
+        await site.write(BLOCK, 2)
+        assert site.byte(BLOCK) == (2, 0)
+        with pytest.raises(Error, match="misses writes"):
+            await site.engine.checkpoint()
+
+    run(site, story)
+
+
+def test_failed_forwarded_write_is_the_end_of_forwarding(site):
+    async def story():
+        await site.engine.start(Mode.PRIMARY)
+        site.theirs.failing = {"write"}
+        await site.write(0, 1)
+        site.theirs.failing = set()
+        await site.write(BLOCK, 2)
+        assert site.byte(BLOCK) == (2, 0)
+        assert site.engine.out_of_sync_bytes == 2 * BLOCK
+
+    run(site, story)
+
+
+def test_secondary_back_within_the_delay_loses_nothing(tmp_path):
+    site = Site(tmp_path, reconnect_delay=20.0)
+
+    async def story():
+        await site.engine.start(Mode.PRIMARY)
+        await site.vanish()
+        writes = [asyncio.create_task(site.write(n * BLOCK, n + 1)) for n in range(8)]
+        await asyncio.sleep(0)
+        await site.serve()
+        await asyncio.gather(*writes)
+        assert all(site.byte(n * BLOCK) == (n + 1, n + 1) for n in range(8))
+        assert site.engine.out_of_sync_bytes == 0
+        site.engine.get_error()
+        await site.engine.checkpoint()
+
+    run(site, story)
+
+
+@pytest.mark.parametrize(
+    "change", [{"generation": "other"}, {"stage": Stage.DONE}, {"error": "lost power"}], ids=str
+)
+def test_peer_that_is_not_ours_any_more_gets_nothing(tmp_path, change):
+    site = Site(tmp_path, reconnect_delay=1.0)
+
+    async def story():
+        await site.engine.start(Mode.PRIMARY)
+        await site.vanish()
+        site.peer = site.peer._replace(**change)
+        await site.serve()
+        await site.write(0, 1)
+        assert site.byte(0) == (1, 0)
+        assert site.engine.out_of_sync_bytes == BLOCK
+        with pytest.raises(Error, match=r"^I/O error occurred$"):
+            site.engine.get_error()
+
+    run(site, story)
+
+
+def test_killed_while_running_goes_on(tmp_path):
+    site = Site(tmp_path, reconnect_delay=20.0)
+
+    async def story():
+        await site.engine.start(Mode.PRIMARY)
+        await site.write(0, 1)
+        await site.reopen()
+        assert site.engine.stage is Stage.RUNNING
+        await site.write(BLOCK, 2)
+        assert site.byte(BLOCK) == (2, 2)
+        site.engine.get_error()
+
+    run(site, story)
+
+
+def test_power_loss_is_not_taken_for_in_sync(site, monkeypatch):
+    async def story():
+        await site.engine.start(Mode.PRIMARY)
+        monkeypatch.setattr(manifests, "boot_id", lambda: "another boot")
+        await site.reopen()
+        with pytest.raises(Error, match=r"^I/O error occurred$"):
+            site.engine.get_error()
+        with pytest.raises(Error, match="without a clean stop"):
+            await site.engine.checkpoint()
+
+    run(site, story)
+
+
+def test_clean_close_and_open_goes_on_after_a_boot(site, monkeypatch):
+    async def story():
+        await site.engine.start(Mode.PRIMARY)
+        await site.engine.close()
+        assert manifests.load(site.state).clean
+        monkeypatch.setattr(manifests, "boot_id", lambda: "another boot")
+        site.reconnect_delay = 20.0
+        site.engine = site.make()
+        await site.engine.open()
+        await site.write(0, 5)
+        assert site.byte(0) == (5, 5)
+        site.engine.get_error()
+
+    run(site, story)
+
+
+def test_stop_serves_the_disk_alone(site):
+    async def story():
+        await site.engine.start(Mode.PRIMARY)
+        assert await site.engine.stop()
+        assert site.engine.stage is Stage.DONE
+        await site.write(0, 1)
+        assert site.byte(0) == (1, 0)
+        site.engine.get_error()
+        assert await site.engine.stop() is False
+        assert await site.engine.start(Mode.PRIMARY) is False
+        site.theirs.data[0] = 1
+        site.theirs.data[:] = site.disk.data
+        assert await site.engine.start(Mode.PRIMARY, anew=True)
+        await site.write(0, 2)
+        assert site.byte(0) == (2, 2)
+
+    run(site, story)
+
+
+def test_failover_of_a_primary_is_refused(site):
+    async def story():
+        await site.engine.start(Mode.PRIMARY)
+        with pytest.raises(Error, match="fail over on the secondary"):
+            await site.engine.failover(latest=True)
+        assert site.engine.stage is Stage.RUNNING
+
+    run(site, story)
+
+
+def test_local_failure_is_the_callers_and_marks_the_block(site):
+    async def story():
+        await site.engine.start(Mode.PRIMARY)
+        site.disk.failing = {"write"}
+        with pytest.raises(Error, match="write failed"):
+            await site.write(0, 1)
+        assert site.engine.out_of_sync_bytes == BLOCK
+
+    run(site, story)
+
+
+def test_local_failure_with_detach_lets_the_peer_serve(tmp_path):
+    site = Site(tmp_path, detach=True)
+
+    async def story():
+        await site.engine.start(Mode.PRIMARY)
+        await site.write(0, 1)
+        site.disk.failing = {"write", "read"}
+        await site.write(BLOCK, 2)
+        assert site.theirs.data[BLOCK] == 2
+        view = memoryview(bytearray(2 * BLOCK))
+        pending = site.engine.top.read(0, [view])
+        site.engine.top.unplug()
+        await settle(pending)
+        assert (view[0], view[BLOCK]) == (1, 2)
+        assert site.engine.mirror.detached
+        with pytest.raises(Error, match="the secondary serves"):
+            await site.engine.stop()
+        await site.vanish()
+        with pytest.raises(Error):
+            await site.write(2 * BLOCK, 3)
+
+    run(site, story)
+
+
+def test_local_failure_with_detach_after_a_gap_is_the_callers(tmp_path):
+    site = Site(tmp_path, detach=True)
+
+    async def story():
+        await site.engine.start(Mode.PRIMARY)
+        await site.vanish()
+        await site.write(0, 1)
+        site.disk.failing = {"write"}
+        with pytest.raises(Error, match="write failed"):
+            await site.write(BLOCK, 2)
+
+    run(site, story)
+
+
+def test_roles_changed_under_a_running_secondary_are_refused(site):
+    async def story():
+        manifests.save(
+            site.state, manifests.Manifest("disk0", Mode.SECONDARY, Stage.RUNNING, LENGTH, epoch=4)
+        )
+        with pytest.raises(Error, match="before the roles are changed"):
+            await site.make().open()
+
+    run(site, story)
