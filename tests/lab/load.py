@@ -10,7 +10,7 @@ from tests.lab.host import Host
 DEPTH = 32
 
 
-def start(host: Host, device: str, *, size: str = "64M", seconds: int | None = None) -> Command:
+def start(host: Host, device: str, *, size: str = "24M", seconds: int | None = None) -> Command:
     """Starts random 4 KiB writes at queue depth 32 over `size` of `device`, past the page cache.
 
     Each is read back soon after it was written, and all at the end; a wrong or

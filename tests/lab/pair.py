@@ -83,6 +83,13 @@ class Pair:
         for host in (self.primary, self.secondary):
             self.backstores[host.name] = target.user(host, NAME, SERIAL, f"replication/{NAME}", SIZE)
 
+    def begin(self) -> None:
+        """All of it on hosts that run and are new, until it replicates."""
+        self.configure()
+        self.start_daemons()
+        self.create_backstores()
+        self.start()
+
     def start(self) -> None:
         """Begins to replicate, with two disks that are both empty."""
         self.command(self.secondary, "start")
@@ -93,6 +100,13 @@ class Pair:
         done = host.run([PROGRAM, verb, NAME, "--json", *options], timeout=120)
         answer = json.loads(done.stdout)
         return answer[0]["result"] if verb != "status" else answer
+
+    def is_whole(self) -> bool:
+        """Whether it replicates: both hosts run, the link is up, no error is recorded."""
+        if not (self.primary.running and self.secondary.running):
+            return False
+        state = self.status(self.primary)
+        return state["link"]["state"] == "connected" and state["stage"] == "running" and not state["error"]
 
     def status(self, host: Host) -> dict[str, Any]:
         """The status document of the resource on a host."""

@@ -1,0 +1,143 @@
+"""A pair on real kernels under load: killed workers, a lost link, a full disk, and what its LUNs hold then."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.lab import load, pair, target
+from tests.lab.channel import CommandError
+from tests.lab.host import Host
+from tests.lab.lab import Lab
+from tests.lab.network import Network
+from tests.lab.pair import Pair
+
+pytestmark = pytest.mark.lab
+
+FILE_SERIAL = "d15c0000-7463-4d75-8000-0000000000f1"
+
+
+@pytest.fixture(scope="module")
+def pairs(fresh_lab: Lab) -> list[Pair]:
+    """The pair of the test before, if it is still whole."""
+    return []
+
+
+@pytest.fixture
+def replicated(pairs: list[Pair], lab: Lab) -> Pair:
+    """A pair that replicates without an error; a new one on new hosts where there is none."""
+    if not pairs or not pairs[0].is_whole():
+        lab.renew()
+        pairs[:] = [Pair(lab)]
+        pairs[0].begin()
+    return pairs[0]
+
+
+@pytest.fixture
+def lun(replicated: Pair) -> Iterator[target.Loop]:
+    """The primary's LUN as a disk of its own host."""
+    with target.Loop(replicated.backstores[replicated.primary.name]) as loop:
+        yield loop
+
+
+def whole(host: Host, device: str) -> str:
+    """The checksum of a whole device, past the page cache."""
+    blocks = pair.SIZE >> 20
+    return host.run(f"dd if={device} bs=1M count={blocks} iflag=direct status=none | sha256sum", 120).stdout
+
+
+def assert_both_luns_are_the_same(replicated: Pair) -> None:
+    """Makes a checkpoint and compares what the two hosts' LUNs and disks hold."""
+    replicated.command(replicated.primary, "checkpoint")
+    primary, secondary = replicated.primary, replicated.secondary
+    written = whole(primary, primary.device("data"))
+    with target.Loop(replicated.backstores[secondary.name]) as loop:
+        assert whole(secondary, loop.device) == written
+    assert whole(secondary, secondary.device("data")) == written
+
+
+def kill_worker(replicated: Pair, host: Host) -> int:
+    """SIGKILL to the resource's worker; its process, which was."""
+    pid = replicated.status(host)["pid"]
+    host.run(f"kill -9 {pid}")
+    return pid
+
+
+@pytest.mark.timeout(400)
+def test_minute_of_verified_writes_on_a_pair_and_on_a_file(
+    replicated: Pair, lun: target.Loop, client: Host
+) -> None:
+    daemon = client.spawn(f"exec {pair.PROGRAM} daemon")
+    client.run(f"truncate -s {pair.SIZE} /srv/image")
+    client.wait_until("[ -S /run/tcmu-replication/_manager.sock ]")
+    with (
+        target.user(client, "image", FILE_SERIAL, "file//srv/image", pair.SIZE) as backstore,
+        target.Loop(backstore) as file_lun,
+    ):
+        loads = [load.start(disk.host, disk.device, seconds=60) for disk in (lun, file_lun)]
+        for running in loads:
+            running.wait(200)
+    daemon.signal()
+    daemon.wait()
+    assert_both_luns_are_the_same(replicated)
+
+
+def test_primary_worker_killed_under_load_loses_nothing(replicated: Pair, lun: target.Loop) -> None:
+    running = load.start(lun.host, lun.device)
+    load.wait_for_writes(lun.host, lun.device)
+    killed = kill_worker(replicated, replicated.primary)
+    running.wait(200)
+    assert replicated.status(replicated.primary)["pid"] != killed
+    assert_both_luns_are_the_same(replicated)
+
+
+def test_secondary_worker_killed_under_load_loses_nothing(replicated: Pair, lun: target.Loop) -> None:
+    running = load.start(lun.host, lun.device)
+    load.wait_for_writes(lun.host, lun.device)
+    killed = kill_worker(replicated, replicated.secondary)
+    running.wait(200)
+    assert replicated.status(replicated.secondary)["pid"] != killed
+    assert_both_luns_are_the_same(replicated)
+
+
+def test_short_cut_of_the_link_is_only_a_delay(replicated: Pair, lun: target.Loop, lab: Lab) -> None:
+    running = load.start(lun.host, lun.device)
+    load.wait_for_writes(lun.host, lun.device)
+    network = lab.networks[0]
+    network.cut("alpha", "beta")
+    lun.host.run("sleep 2")  # the length of the cut, far below reconnect-delay
+    network.heal()
+    running.wait(200)
+    assert replicated.status(replicated.primary)["error"] is None
+    assert_both_luns_are_the_same(replicated)
+
+
+def test_long_cut_of_the_link_leaves_the_primary_serving(
+    replicated: Pair, lun: target.Loop, lab: Lab
+) -> None:
+    network: Network = lab.networks[0]
+    running = load.start(lun.host, lun.device)
+    load.wait_for_writes(lun.host, lun.device)
+    network.cut("alpha", "beta")
+    running.wait(200)
+    with pytest.raises(CommandError):
+        replicated.command(replicated.primary, "checkpoint")
+    state = replicated.status(replicated.primary)
+    assert state["error"]
+    assert state["out-of-sync-bytes"] > 0
+
+
+def test_full_overlay_disk_leaves_the_checkpoint_intact(replicated: Pair, lun: target.Loop) -> None:
+    load.start(lun.host, lun.device, size="8M").wait(100)
+    replicated.command(replicated.primary, "checkpoint")
+    at_checkpoint = whole(replicated.primary, replicated.primary.device("data"))
+    secondary = replicated.secondary
+    secondary.run(f"head -c 1G /dev/zero > {pair.STATE}/filler", check=False)
+    running = load.start(lun.host, lun.device)
+    running.wait(200)
+    assert replicated.status(replicated.primary)["error"]
+    with target.Loop(replicated.backstores[secondary.name]) as loop:
+        assert whole(secondary, loop.device) == at_checkpoint
+
+
