@@ -177,7 +177,7 @@ class PairBackstore(Backstore):
         engine = self.engine
         if self._lun_server is not None and self.resource.nbd is not None:
             lun = schema.Frontend(
-                type="nbd", device=self.resource.nbd.listen, in_flight=self._lun_server.in_flight
+                type="nbd", device=str(self.resource.nbd.listen), in_flight=self._lun_server.in_flight
             )
             frontends = [*frontends, lun]
         return schema.Status(

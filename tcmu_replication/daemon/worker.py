@@ -38,6 +38,10 @@ from tcmu_replication.tcmu import configfs, uio
 log = logging.getLogger(__name__)
 
 RESOURCE_SUBTYPE = "replication"
+VENDOR = "LIO-ORG"
+"""What LIO's other backstores call themselves."""
+
+_PR_SET_IO_FLUSHER = 57
 
 
 def serve(name: str, context: Context) -> None:
@@ -178,6 +182,7 @@ class Worker:
         if device in self.frontends:
             return
         assert self.backstore is not None
+        _be_an_io_flusher()
         identity = uio.identify(device)
         if identity is None:
             raise Error(Kind.NOT_FOUND, f"{device} is not a TCMU device; see /sys/class/uio")
@@ -213,14 +218,17 @@ class Worker:
                 f"{device}: the backstore {store.path.name} was created with {store.size} bytes, {self.name} has "
                 f"{length}; delete it and create it with size={length}",
             )
-        known = ScsiIdentity("LIO-ORG", store.path.name, "0001", backstore.serial or "")
+        known = ScsiIdentity(VENDOR, store.path.name, tcmu_replication.__version__[:4], backstore.serial or "")
 
         def identity() -> ScsiIdentity:
-            """What LIO says now: the serial is set some time after the device appears."""
+            """What LIO says now (the serial comes some time after the device), and our own where it is silent."""
             nonlocal known
             with suppress(Error):
                 known = ScsiIdentity(
-                    store.vendor, store.product, store.revision, store.serial or backstore.serial or ""
+                    store.vendor or known.vendor,
+                    store.product or known.product,
+                    store.revision or known.revision,
+                    store.serial or known.serial,
                 )
             return known
 
@@ -289,3 +297,13 @@ class Worker:
 
     async def _quit(self, arguments: schema.Nothing, session: Session) -> None:
         self._ended.set()
+
+
+def _be_an_io_flusher() -> None:
+    """Tell the kernel that reclaiming memory may need us (prctl(2), PR_SET_IO_FLUSHER, Linux 5.6).
+
+    Without it an initiator on this very host could wait for memory that only its own writes would free.
+    """
+    import ctypes
+
+    ctypes.CDLL(None).prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0)

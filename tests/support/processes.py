@@ -1,0 +1,161 @@
+"""A pair of real worker processes on this machine's loopback, each with its own LUN over a unix NBD socket."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+HOSTS = {"alpha": ("primary", "127.0.0.1"), "beta": ("secondary", "127.0.0.2")}
+READY_S = 30
+
+
+def free_port() -> int:
+    """A TCP port that nobody has at the moment."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.2", 0))
+        return probe.getsockname()[1]
+
+
+class Worker:
+    """`tcmu-replication serve disk0` as `host`, in its own directories below `base`."""
+
+    def __init__(self, base: Path, host: str, resource: dict[str, object], link: dict[str, object]):
+        self.host = host
+        self.base = base
+        self.directory = base / host
+        self.disk = self.directory / "disk.img"
+        self.overlays = self.directory / "overlays"
+        self.socket = self.directory / "lun.sock"
+        self.log = self.directory / "log"
+        self.process: subprocess.Popen[bytes] | None = None
+        self.overlays.mkdir(parents=True)
+        (self.directory / "etc").mkdir()
+        with open(self.disk, "wb") as file:
+            file.truncate(int(resource["size"]))
+        (self.directory / "etc/disk0.toml").write_text(self._file(resource, link))
+
+    def _file(self, resource: dict[str, object], link: dict[str, object]) -> str:
+        lines = ["[resource]", *_lines(resource), "[link]", *_lines(link)]
+        for name, (mode, address) in HOSTS.items():
+            where = self.base / name
+            lines += [f"[host.{name}]", *_lines({"mode": mode, "address": address})]
+            lines += _lines({"disk": str(where / "disk.img"), "overlays": str(where / "overlays")})
+        lines += ["[nbd]", *_lines({"listen": f"unix:{self.socket}"})]
+        return "\n".join(lines) + "\n"
+
+    @property
+    def _command(self) -> list[str]:
+        return [
+            sys.executable,
+            "-m",
+            "tcmu_replication",
+            f"--config={self.directory / 'etc'}",
+            f"--run={self.directory / 'run'}",
+            f"--host={self.host}",
+        ]
+
+    def start(self) -> None:
+        """Start it and wait until it serves."""
+        import socket
+
+        address = self.directory / "notify"
+        address.unlink(missing_ok=True)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notices:
+            notices.bind(str(address))
+            notices.settimeout(READY_S)
+            with open(self.log, "ab") as log:
+                self.process = subprocess.Popen(
+                    [*self._command, "serve", "disk0"],
+                    stdout=log,
+                    stderr=log,
+                    env={**os.environ, "NOTIFY_SOCKET": str(address)},
+                )
+            said = notices.recv(4096)
+        assert b"READY=1" in said, f"{said!r}\n{self.log.read_text()}"
+
+    def kill(self) -> None:
+        """SIGKILL: the process is gone, what it had given to the kernel is not."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+    def pause(self) -> None:
+        """SIGSTOP: a frozen host."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """SIGCONT."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGCONT)
+
+    def stop(self) -> None:
+        """SIGTERM, and wait for the end."""
+        if self.process is not None and self.process.poll() is None:
+            self.resume()
+            self.process.terminate()
+            self.process.wait(60)
+
+    def cli(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """A command of the operator on this host."""
+        done = subprocess.run([*self._command, *words], capture_output=True, text=True, timeout=60)
+        if check:
+            assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}\n{self.log.read_text()}"
+        return done
+
+    def status(self) -> dict:
+        """`status disk0 --json`."""
+        return json.loads(self.cli("status", "disk0", "--json").stdout)
+
+    def io(self, *commands: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """qemu-io commands on this host's LUN."""
+        words = [word for command in commands for word in ("-c", command)]
+        done = subprocess.run(
+            ["qemu-io", "-f", "raw", self.uri, *words], capture_output=True, text=True, timeout=60
+        )
+        if check:
+            assert done.returncode == 0, f"{commands}: {done.stdout}{done.stderr}"
+            assert "Pattern verification failed" not in done.stdout, done.stdout
+        return done
+
+    @property
+    def uri(self) -> str:
+        """The LUN's NBD address."""
+        return f"nbd+unix:///disk0?socket={self.socket}"
+
+
+class Pair:
+    """Both workers, running; use as a context."""
+
+    def __init__(self, base: Path, *, size: int, link: dict[str, object] | None = None, **resource: object):
+        ports = {"port": free_port(), "control-port": free_port()}
+        document = {"name": "disk0", "size": size, **{k.replace("_", "-"): v for k, v in resource.items()}}
+        self.alpha, self.beta = (Worker(base, host, document, {**ports, **(link or {})}) for host in HOSTS)
+
+    def __enter__(self) -> Pair:
+        try:
+            self.beta.start()
+            self.alpha.start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for worker in (self.alpha, self.beta):
+            worker.stop()
+
+    def replicate(self) -> None:
+        """`start` on both, the secondary first."""
+        self.beta.cli("start", "disk0")
+        self.alpha.cli("start", "disk0")
+
+
+def _lines(values: dict[str, object]) -> list[str]:
+    return [f"{key} = {json.dumps(value)}" for key, value in values.items()]
