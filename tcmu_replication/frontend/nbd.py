@@ -1,9 +1,9 @@
 """An NBD server: nodes under names, over TCP and unix sockets.
 
 Accepting and the handshake are coroutines with a deadline; afterwards a
-`Connection` serves the client in plain calls. Every export may be used by
-several clients at once: they share the node, so a flush on one connection
-covers what was written through another (CAN_MULTI_CONN).
+`Connection` serves the client in plain calls. An export may be used by several
+clients at once: they share the node, so a flush on one connection covers what
+was written through another (CAN_MULTI_CONN). An exclusive export has one.
 """
 
 from __future__ import annotations
@@ -41,22 +41,32 @@ _FLAGS = (
     | TransmissionFlag.SEND_TRIM
     | TransmissionFlag.SEND_WRITE_ZEROES
     | TransmissionFlag.SEND_DF
-    | TransmissionFlag.CAN_MULTI_CONN
 )
 
 
 @dataclass(frozen=True)
 class Export:
-    """A node under a name. It is writable only if the node is too."""
+    """A node under a name. It is writable only if the node is too.
+
+    `exclusive` is for a client that comes back after a lost connection and sends
+    again what was not answered: a new client takes the place of the one before,
+    and is served when the node has ended all that the old one had asked. Without
+    it a write of the old connection could overtake, or overwrite, newer ones.
+    """
 
     name: str
     node: Node
     description: str = ""
     read_only: bool = False
+    exclusive: bool = False
 
     def offer(self) -> Offer:
         """What a client is told."""
-        flags = _FLAGS | (TransmissionFlag.READ_ONLY if self.is_read_only else TransmissionFlag(0))
+        flags = _FLAGS
+        if self.is_read_only:
+            flags |= TransmissionFlag.READ_ONLY
+        if not self.exclusive:
+            flags |= TransmissionFlag.CAN_MULTI_CONN
         return Offer(self.name, self.node.length, flags, self.description)
 
     @property
@@ -120,13 +130,16 @@ class Server:
         """
         if self._exports.pop(name, None) is None:
             raise Error(Kind.NOT_FOUND, f"no export is named {name!r}")
-        clients = [connection for connection, export in self._connections.items() if export == name]
+        clients = self._clients(name)
         if hard:
             for connection in clients:
                 connection.abort()
         while any(connection in self._connections for connection in clients):
             self._changed.clear()
             await self._changed.wait()
+
+    def _clients(self, name: str) -> list[Connection]:
+        return [connection for connection, export in self._connections.items() if export == name]
 
     async def listen_tcp(self, host: str, port: int) -> int:
         """Listen on every address of `host` ("" for all); returns the port (of the first, with port 0)."""
@@ -219,7 +232,7 @@ class Server:
             async with asyncio.timeout(self._handshake_limit_s):
                 handshake = await self._negotiate(sock)
             if handshake is not None and handshake.agreed is not None:
-                self._connect(sock, peer, handshake.agreed, handshake.rest)
+                await self._connect(sock, peer, handshake.agreed, handshake.rest)
                 return
         except TimeoutError:
             log.warning("NBD client %s: no handshake in %g s; hung up", peer, self._handshake_limit_s)
@@ -246,10 +259,18 @@ class Server:
                 return None
             answer = handshake.receive(received)
 
-    def _connect(self, sock: socket.socket, peer: str, agreed: Agreed, rest: bytes) -> None:
-        export = self._exports.get(agreed.offer.name)
+    async def _connect(self, sock: socket.socket, peer: str, agreed: Agreed, rest: bytes) -> None:
+        name = agreed.offer.name
+        if not agreed.offer.flags & TransmissionFlag.CAN_MULTI_CONN:
+            while old := self._clients(name):
+                for connection in old:
+                    connection.abort()
+                self._changed.clear()
+                if self._clients(name):
+                    await self._changed.wait()
+        export = self._exports.get(name)
         if export is None or export.offer() != agreed.offer:
-            raise Error(Kind.NOT_FOUND, f"export {agreed.offer.name!r} was removed during the handshake")
+            raise Error(Kind.NOT_FOUND, f"export {name!r} was removed during the handshake")
         connection = Connection(
             sock,
             export.node,

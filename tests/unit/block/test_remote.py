@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import random
 import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -15,7 +16,7 @@ import pytest
 
 from tcmu_replication.block.faults import Faults
 from tcmu_replication.block.memory import Memory
-from tcmu_replication.block.node import Extent
+from tcmu_replication.block.node import Buffers, Extent
 from tcmu_replication.block.pending import Pending
 from tcmu_replication.block.remote import Remote, State
 from tcmu_replication.block.remote_queue import Ranges, extents_of
@@ -906,6 +907,26 @@ def test_reply_that_was_cut_off_is_begun_anew(tmp_path: Path) -> None:
     run(body)
 
 
+def test_what_was_not_answered_is_sent_again_first_and_in_its_order(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with scripted(tmp_path, reconnect_delay=20) as (remote, peer, script):
+            writes = [remote.write(offset, view(bytes(512))) for offset in (4096, 0, 8192, 1024)]
+            remote.unplug()
+            cookies = [(await peer.write())[0] for _ in writes]
+            writes.append(remote.write(2048, view(bytes(512))))
+            peer.say(transmission.simple_reply(cookies[1]))
+            await ended(writes[1])
+            peer.writer.close()
+            peer = await script.peers.get()
+            for expected in (4096, 8192, 1024, 2048):
+                cookie, offset, _ = await peer.write()
+                assert offset == expected
+                peer.say(transmission.simple_reply(cookie))
+            await ended(*writes)
+
+    run(body)
+
+
 def test_server_that_comes_back_with_less_is_refused(tmp_path: Path) -> None:
     async def body() -> None:
         states = States()
@@ -981,3 +1002,67 @@ def test_extents_end_with_the_range() -> None:
         Extent(1024, False, True),
     ]
     assert extents_of([(4096, 0), (4096, 3)], 1024) == [Extent(1024, True, False)]
+
+
+class Late(Memory):
+    """A disk that does its writes some turns of the loop later, in an order of its own."""
+
+    def __init__(self, rng: random.Random) -> None:
+        super().__init__(LENGTH)
+        self.rng = rng
+        self.under_way = 0
+
+    def write(self, offset: int, buffers: Buffers, fua: bool = False) -> Pending:
+        pending = Pending()
+        self.under_way += 1
+
+        def turn(left: int) -> None:
+            if left:
+                asyncio.get_running_loop().call_soon(turn, left - 1)
+            else:
+                Memory.write(self, offset, buffers, fua)
+                self.under_way -= 1
+                pending.complete()
+
+        turn(self.rng.choice((1, 5, 20, 300)))
+        return pending
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_overlapping_writes_keep_their_order_over_lost_connections(tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+
+    async def body() -> None:
+        disk = Late(rng)
+        model = bytearray(LENGTH)
+        server = Server([Export("disk0", disk, exclusive=True)])
+        address = Unix(str(tmp_path / "nbd.sock"))
+        await server.listen_unix(address.path)
+        lost = 0
+        async with connected(Remote("r", address, "disk0", reconnect_delay=20)) as remote:
+            pendings = []
+            for number in range(1500):
+                length = rng.randrange(1, 3000)
+                offset = rng.randrange(16384)
+                data = rng.randbytes(length)
+                model[offset : offset + length] = data
+                pendings.append(remote.write(offset, view(data)))
+                if rng.random() < 0.1:
+                    remote.unplug()
+                    for _ in range(rng.randrange(20)):
+                        await asyncio.sleep(0)
+                if number % 250 == 249:
+                    for connection in list(server._connections):
+                        lost += not connection.closed
+                        connection.abort()
+            remote.unplug()
+            for pending in pendings:
+                assert pending is not None
+                await pending.wait()
+            while disk.under_way:
+                await asyncio.sleep(0)
+            assert disk.data == model
+            assert lost
+        await server.close()
+
+    run(body)

@@ -594,6 +594,48 @@ def test_removal_waits_for_a_client_that_is_already_gone(tmp_path: Path) -> None
     live(tmp_path, body)
 
 
+def test_new_client_of_an_exclusive_export_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
+    async def body(it: House) -> None:
+        it.server.add(Export("link", it.node, exclusive=True))
+        slow = it.node.delay("write", count=1)
+        old = await it.client("link")
+        await old.ask(Command.WRITE, 0, 4)
+        await old.say(b"old ")
+        while not slow.met:
+            await asyncio.sleep(0)
+        new = await it.client("link")
+        await new.ask(Command.WRITE, 0, 4, cookie=8)
+        await new.say(b"new ")
+        assert await old.hung_up()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not any(it.memory.data[:4])
+        slow.release()
+        assert await new.simple() == (8, 0)
+        assert it.memory.data[:4] == b"new "
+        await new.ask(Command.FLUSH)
+        assert await new.simple() == (7, 0)
+
+    live(tmp_path, body)
+
+
+def test_clients_of_an_exclusive_export_come_one_after_the_other(tmp_path: Path) -> None:
+    async def body(it: House) -> None:
+        it.server.add(Export("link", it.node, exclusive=True))
+        clients = await asyncio.gather(*(it.client("link") for _ in range(5)))
+        for _ in range(50):
+            await asyncio.sleep(0)
+        assert it.server.connections == 1
+        alive = 0
+        for raw in clients:
+            with contextlib.suppress(AssertionError, OSError):
+                await raw.ask(Command.FLUSH)
+                alive += await raw.simple() == (7, 0)
+        assert alive == 1
+
+    live(tmp_path, body)
+
+
 def test_safe_removal_waits_for_its_clients(tmp_path: Path) -> None:
     async def body(it: House) -> None:
         raw = await it.client()
