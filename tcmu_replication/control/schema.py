@@ -52,6 +52,14 @@ class Failover(Document, frozen=True, kw_only=True):
     to: Literal["latest", "checkpoint"] | None = None
 
 
+class SetReplication(Document, frozen=True, kw_only=True):
+    """Arguments of xen-set-replication. `failover` is for `enable` = false only; `primary` for true only."""
+
+    enable: bool
+    primary: bool
+    failover: bool | None = None
+
+
 class DeviceArguments(Document, frozen=True, kw_only=True):
     """Arguments of attach-device and detach-device."""
 
@@ -232,6 +240,9 @@ COMMANDS = _table(
     Command("failover", Failover, FailoverStarted | None, OPERATOR, "Make this host the one that counts."),
     Command("stop", Nothing, Outcome, OPERATOR, "Stop replicating; a secondary makes a last checkpoint."),
     Command("query-errors", Nothing, ErrorStatus, OPERATOR, "The recorded replication error, if any."),
+    Command("xen-set-replication", SetReplication, None, OPERATOR, "QEMU's start, stop and failover."),
+    Command("query-xen-replication-status", Nothing, ErrorStatus, OPERATOR, "QEMU's query-errors."),
+    Command("xen-colo-do-checkpoint", Nothing, None, OPERATOR, "QEMU's checkpoint."),
     Command("attach-device", DeviceArguments, None, OPERATOR, "Serve the LUN on a UIO device too."),
     Command("detach-device", DeviceArguments, None, OPERATOR, "The UIO device is going or gone."),
     Command("quit", Nothing, None, OPERATOR, "End the worker in order."),
@@ -258,28 +269,8 @@ class StageChanged(Document, frozen=True, kw_only=True):
     error: str | None = None
 
 
-class JobEnded(Document, frozen=True, kw_only=True):
-    """Members as in QEMU's BLOCK_JOB_COMPLETED."""
-
-    type: str
-    device: str
-    len: Count
-    offset: Count
-    speed: Count = 0
-    error: str | None = None
-
-
-class ErrorRecorded(Document, frozen=True, kw_only=True):
-    """The first failure since start."""
-
-    error: str
-
-
 EVENTS: dict[str, type[Document]] = {
     "REPLICATION_STAGE": StageChanged,
     "REPLICATION_CHECKPOINT": Checkpoint,
     "REPLICATION_LINK": Link,
-    "REPLICATION_ERROR": ErrorRecorded,
-    "BLOCK_JOB_COMPLETED": JobEnded,
-    "BLOCK_JOB_CANCELLED": JobEnded,
 }

@@ -8,9 +8,10 @@
 
 A handler is `async (arguments, session) -> result`, with arguments and result
 as the schema says; it raises `Error` to refuse. Commands of one connection run
-one after the other, those of different connections at the same time. Whoever
-breaks the protocol loses that connection, with a line in the log, and nothing
-else happens.
+one after the other, those of different connections at the same time. A worker
+with a resource's commands answers to QEMU's names for them too. Whoever breaks
+the protocol loses that connection, with a line in the log, and nothing else
+happens.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ import socket
 import struct
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from tcmu_replication.control import framing, lock
+from tcmu_replication.control import framing, lock, qemu
 from tcmu_replication.control.schema import COMMANDS, EVENTS, Command, Document, Privilege
 from tcmu_replication.control.session import Call, Session
 from tcmu_replication.errors import Error, Kind, from_os
@@ -51,7 +53,7 @@ class Server:
     def __init__(self, handlers: Mapping[str, Handler], table: Mapping[str, Command] = COMMANDS) -> None:
         unknown = set(handlers) - set(table)
         assert not unknown, f"handlers without a row in the command table: {unknown}"
-        self._handlers = dict(handlers)
+        self._handlers = {**handlers, **qemu.names(handlers)}
         self._table = table
         self._listeners: list[asyncio.Server] = []
         self._clients: dict[asyncio.Task[None], tuple[Session, asyncio.StreamWriter]] = {}
@@ -90,8 +92,9 @@ class Server:
                 log.warning("control: refused a connection from %s; the peer is %s", name and name[0], peer)
                 writer.close()
                 return
-            connection = writer.get_extra_info("socket")
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            with suppress(OSError):
+                connection = writer.get_extra_info("socket")
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             await self._serve(reader, writer, Privilege.PEER, f"peer {name[0]}")
 
         try:
@@ -153,10 +156,10 @@ class Server:
             await self._converse(session, reader, writer)
         except Error as error:
             log.warning("control: ended the connection of %s: %s", peer, error)
-        except TimeoutError:
-            log.warning("control: ended the connection of %s: no negotiation in %g s", peer, NEGOTIATION_S)
         except (ConnectionError, asyncio.CancelledError):
             pass  # they went, or we go: nobody is left to tell
+        except OSError as error:  # the network went: EHOSTUNREACH, ETIMEDOUT
+            log.warning("control: lost the connection of %s: %s", peer, error)
         finally:
             del self._clients[task]
             writer.close()
@@ -166,10 +169,15 @@ class Server:
     ) -> None:
         writer.write(framing.greeting())
         objects = framing.Objects()
-        deadline: float | None = asyncio.get_running_loop().time() + NEGOTIATION_S
+        deadline = asyncio.get_running_loop().time() + NEGOTIATION_S
         while True:
-            async with asyncio.timeout_at(None if session.negotiated else deadline):
-                data = await reader.read(framing.MAX_LENGTH)
+            try:
+                async with asyncio.timeout_at(None if session.negotiated else deadline):
+                    data = await reader.read(framing.MAX_LENGTH)
+            except TimeoutError as error:
+                if session.negotiated:
+                    raise
+                raise Error(Kind.TIMED_OUT, f"no negotiation in {NEGOTIATION_S:g} s") from error
             if not data:
                 return
             for message in objects.feed(data):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import gc
 import json
 import logging
 import os
@@ -212,6 +214,30 @@ def test_silent_client_is_closed_after_the_time_for_negotiation(
     assert "no negotiation" in caplog.text
 
 
+@pytest.mark.parametrize("number", [errno.EHOSTUNREACH, errno.ETIMEDOUT, errno.ECONNRESET, errno.EIO])
+def test_network_that_goes_ends_its_connection_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """A worker ends itself at an exception that nobody handles, so none may get away from here."""
+    unhandled: list[Any] = []
+
+    async def fail(reader: object, length: int) -> bytes:
+        raise OSError(number, os.strerror(number))
+
+    async def body(worker: Worker, path: Path) -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: unhandled.append(context))
+        with monkeypatch.context() as patch:
+            patch.setattr(asyncio.StreamReader, "read", fail)
+            with pytest.raises(Error) as caught:
+                await Connection.unix(path, timeout=5)
+            assert caught.value.kind is Kind.PEER_LOST
+        (await Connection.unix(path, timeout=5)).close()
+
+    with_worker(tmp_path, body)
+    gc.collect()
+    assert unhandled == []
+
+
 def test_events_reach_who_has_negotiated(tmp_path: Path) -> None:
     async def body(worker: Worker, path: Path) -> None:
         early_reader, early = await raw(path)
@@ -239,7 +265,9 @@ def test_client_that_does_not_read_its_events_is_cut_off(
         writer.write(b'{"execute":"qmp_capabilities"}\n')
         await reader.readline()
         for _ in range(100_000):
-            worker.server.emit("REPLICATION_ERROR", schema.ErrorRecorded(error="x" * 1000))
+            worker.server.emit(
+                "REPLICATION_STAGE", schema.StageChanged(stage="done", epoch=1, error="x" * 1000)
+            )
             if caplog.records:
                 break
         writer.close()
@@ -310,7 +338,7 @@ def test_peer_port_takes_peer_commands_of_the_peers_address_only(
         with pytest.raises(Error) as caught:
             await Connection.tcp("127.0.0.1", port, local="127.0.0.3", timeout=5)
         assert caught.value.kind is Kind.PEER_LOST
-        worker.server.emit("REPLICATION_ERROR", schema.ErrorRecorded(error="for operators only"))
+        worker.server.emit("REPLICATION_STAGE", schema.StageChanged(stage="done", epoch=1))
         assert await peer.execute("peer-prepare", {"epoch": 4}) == {}
         peer.close()
         assert worker.calls == [schema.PeerEpoch(epoch=3), schema.PeerEpoch(epoch=4)]

@@ -1,0 +1,94 @@
+"""QEMU's names for our commands."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from tcmu_replication.control import qemu, schema
+from tcmu_replication.control.schema import SetReplication
+from tcmu_replication.control.server import Server
+from tcmu_replication.control.session import Session
+from tcmu_replication.errors import Error, Kind
+from tests.unit.control.documents import status
+
+SESSION = Session({}, (), schema.Privilege.OPERATOR, "test")
+
+
+class Worker:
+    """A secondary; `asked` is which of its commands were called and with what."""
+
+    def __init__(self, stage: str = "none") -> None:
+        self.asked: list[tuple[str, Any]] = []
+        self.handlers = {name: self._body(name) for name in qemu.NEEDED}
+        self.results = {
+            "query-status": status(stage=stage, mode="secondary"),
+            "query-errors": schema.ErrorStatus(error=True, desc="I/O error occurred"),
+        }
+
+    def _body(self, name: str) -> qemu.Handler:
+        async def body(arguments: Any, session: Session) -> Any:
+            self.asked.append((name, arguments))
+            return self.results.get(name)
+
+        return body
+
+    def call(self, name: str, arguments: Any) -> Any:
+        """Call a command by QEMU's name."""
+        return asyncio.run(self._call(name, arguments))
+
+    async def _call(self, name: str, arguments: Any) -> Any:
+        return await qemu.names(self.handlers)[name](arguments, SESSION)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "asked"),
+    [
+        (SetReplication(enable=True, primary=False), ("start", schema.Start())),
+        (SetReplication(enable=False, primary=False), ("stop", schema.Nothing())),
+        (SetReplication(enable=False, primary=True, failover=False), ("stop", schema.Nothing())),
+        (
+            SetReplication(enable=False, primary=False, failover=True),
+            ("failover", schema.Failover(to="checkpoint")),
+        ),
+    ],
+    ids=["start", "stop", "stop-whatever-primary-says", "failover"],
+)
+def test_set_replication(arguments: SetReplication, asked: tuple[str, Any]) -> None:
+    worker = Worker()
+    assert worker.call("xen-set-replication", arguments) is None
+    assert [call for call in worker.asked if call[0] != "query-status"] == [asked]
+
+
+def test_start_in_the_other_mode_is_refused_in_qemus_words() -> None:
+    worker = Worker()
+    with pytest.raises(Error, match="The parameter mode's value is invalid, needs 1, but got 0") as caught:
+        worker.call("xen-set-replication", SetReplication(enable=True, primary=True))
+    assert caught.value.kind is Kind.INVALID_STATE
+    assert [name for name, _ in worker.asked] == ["query-status"]
+
+
+def test_start_of_one_that_is_done_is_left_to_start_whatever_the_mode() -> None:
+    worker = Worker(stage="done")
+    worker.call("xen-set-replication", SetReplication(enable=True, primary=True))
+    assert worker.asked[-1][0] == "start"
+
+
+def test_failover_is_only_for_stopping() -> None:
+    with pytest.raises(Error, match="Parameter 'failover' is only for stopping replication"):
+        Worker().call("xen-set-replication", SetReplication(enable=True, primary=False, failover=False))
+
+
+def test_checkpoint_and_status() -> None:
+    worker = Worker()
+    assert worker.call("xen-colo-do-checkpoint", schema.Nothing()) is None
+    result = worker.call("query-xen-replication-status", schema.Nothing())
+    assert (result.error, result.desc) == (True, "I/O error occurred")
+    assert [name for name, _ in worker.asked] == ["checkpoint", "query-errors"]
+
+
+def test_worker_without_a_resources_commands_has_none() -> None:
+    assert qemu.names({"quit": Worker().handlers["stop"]}) == {}
+    Server({}, schema.DEVICE_COMMANDS)
