@@ -335,13 +335,20 @@ class Overlay(Node):
 
     def _make_room(self, first: int, last: int, fresh: int) -> None:
         """Raise NO_SPACE before anything is written, where `fresh` more stored blocks find no room."""
-        if self.limit is not None and self.stored_bytes + fresh * BLOCK > self.limit:
+        if self.limit is not None and self._used_bytes() + fresh * BLOCK > self.limit:
             raise Error(
                 Kind.NO_SPACE,
                 f"{self.name}: the overlay {self.path} has reached its limit of {format_size(self.limit)}",
                 offset=first * BLOCK,
             )
         self._map.prepare(first, last)
+
+    def _used_bytes(self) -> int:
+        """What the data file occupies: also what was stored and not marked yet."""
+        try:
+            return os.stat(f"{self.path}.data").st_blocks * 512
+        except OSError as error:
+            raise from_os(error, f"look at {self.path}.data") from error
 
     def _whole_blocks(self, offset: int, length: int) -> tuple[int, int]:
         """The blocks that lie in the range as a whole; the disk's end ends its last block."""
