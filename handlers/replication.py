@@ -328,7 +328,7 @@ class SecondaryBackstore(PairBackstore):
         }
 
     async def _publish(self, node: Node) -> None:
-        self._server.add(Export(self.resource.name, node, "forwarded writes"))
+        self._server.add(Export(self.resource.name, node, "forwarded writes", exclusive=True))
 
     async def _withdraw(self) -> None:
         if self.resource.name in self._server.exports:
