@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import random
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,7 @@ from tcmu_replication.block.copy_before_write import CHUNK, CopyBeforeWrite
 from tcmu_replication.block.faults import Faults
 from tcmu_replication.block.file import File
 from tcmu_replication.block.memory import Memory
+from tcmu_replication.block.node import Buffers
 from tcmu_replication.block.overlay import Overlay
 from tcmu_replication.errors import Error, Kind
 from tests.unit.block.conftest import HeldOffload, make_image
@@ -294,3 +299,64 @@ def test_cbw_durable_write_made_by_whoever_is_told_of_an_end(durable: Pair) -> N
     assert ends == [[True], [True]]
     assert durable.memory.data == changed((0, b"2" + b"1" * (BLOCK - 1) + b"3"))
     assert durable.checkpoint() == OLD
+
+
+# The loss of power.
+
+
+class Stable:
+    """What files held at their last fdatasync: all that is sure to be there after a loss of power."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder = folder
+        self.syncs = 0
+        folder.mkdir()
+        real = os.fdatasync
+
+        def fdatasync(fd: int) -> None:
+            real(fd)
+            self.syncs += 1
+            path = os.readlink(f"/proc/self/fd/{fd}")
+            shutil.copyfile(path, folder / Path(path).name)
+
+        monkeypatch.setattr(os, "fdatasync", fdatasync)
+
+    def checkpoint(self, disk: Memory, marks: Path) -> bytes:
+        """The last checkpoint, from stable data and the given marks over what the disk holds now."""
+        with tempfile.TemporaryDirectory() as lost:
+            shutil.copyfile(self.folder / "hidden.data", f"{lost}/hidden.data")
+            shutil.copyfile(marks, f"{lost}/hidden.map")
+            hidden = Overlay("hidden", f"{lost}/hidden", disk)
+            content = bytes(hidden.fetch(0, LENGTH))
+            hidden.release()
+        return content
+
+
+def test_cbw_durable_power_lost_at_any_write_of_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stable = Stable(tmp_path / "stable", monkeypatch)
+    pair = Pair(tmp_path, durable=True)
+    pair.hidden.flush()
+    looks = 0
+
+    def look(offset: int, buffers: Buffers, fua: bool = False) -> None:
+        """Power is lost before or after this write; marks may have been written back sooner than synced."""
+        nonlocal looks
+        for after in (False, True):
+            if after:
+                write(offset, buffers, fua)
+            for marks in (tmp_path / "stable" / "hidden.map", tmp_path / "hidden.map"):
+                assert stable.checkpoint(pair.memory, marks) == OLD
+                looks += 1
+
+    write = pair.memory.write
+    monkeypatch.setattr(pair.memory, "write", look)
+    dice = random.Random(7)
+    for _ in range(8):
+        for _ in range(3):
+            offset = dice.randrange(LENGTH)
+            pair.write(offset, b"n" * min(LENGTH - offset, dice.choice([1, 700, BLOCK, 2 * BLOCK])))
+        pair.filter.unplug()
+    assert looks == 4 * 24
+    assert stable.syncs < 2 * 10, "a batch syncs twice, and one without new blocks not at all"
