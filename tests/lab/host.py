@@ -300,8 +300,14 @@ class Host:
         for disk in (SYSTEM, *self.disks):
             line.append(f"{self._device(disk.name)}={self.image(disk.name)}")
         if self.port is not None:
-            line.append(f"vec0:transport=fd,fd={self.port.fileno()},vec=0,mtu={MTU}")
+            line.append(f"vec0:transport=fd,fd={self.port.fileno()},mac={self._mac()},vec=0,mtu={MTU}")
         return line
+
+    def _mac(self) -> str:
+        """Its network card's address, the same at every boot: locally administered, from its IP address."""
+        assert self.address is not None
+        octets = self.address.partition("/")[0].split(".")
+        return ":".join(["02", "00", *(f"{int(octet):02x}" for octet in octets)])
 
     def _write_settings(self) -> None:
         """The files that guest/init reads."""

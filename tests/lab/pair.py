@@ -74,14 +74,29 @@ class Pair:
     def start_daemons(self) -> None:
         """Starts the daemon on both hosts; returns when the resource's workers answer."""
         for host in (self.primary, self.secondary):
-            self.daemons[host.name] = host.spawn(f"exec {PROGRAM} daemon")
+            self._spawn_daemon(host)
         for host in (self.primary, self.secondary):
-            host.wait_until(f"[ -S /run/tcmu-replication/{NAME}.sock ]", timeout=60)
+            self._await_worker(host)
+
+    def start_daemon(self, host: Host) -> None:
+        """Starts the daemon on one host; returns when the resource's worker answers."""
+        self._spawn_daemon(host)
+        self._await_worker(host)
+
+    def _spawn_daemon(self, host: Host) -> None:
+        self.daemons[host.name] = host.spawn(f"exec {PROGRAM} daemon")
+
+    def _await_worker(self, host: Host) -> None:
+        host.wait_until(f"[ -S /run/tcmu-replication/{NAME}.sock ]", timeout=60)
 
     def create_backstores(self) -> None:
         """Creates the LIO backstore on both hosts."""
         for host in (self.primary, self.secondary):
-            self.backstores[host.name] = target.user(host, NAME, SERIAL, f"replication/{NAME}", SIZE)
+            self.backstores[host.name] = self.backstore(host)
+
+    def backstore(self, host: Host) -> target.Backstore:
+        """Creates the LIO backstore on one host."""
+        return target.user(host, NAME, SERIAL, f"replication/{NAME}", SIZE)
 
     def begin(self) -> None:
         """All of it on hosts that run and are new, until it replicates."""
