@@ -74,9 +74,10 @@ def cli(context: click.Context, config: str | None, run: str | None, host: str |
 @cli.command()
 @pass_context
 def daemon(context: Context) -> None:
-    """Serve every resource of this host and every LUN of our handlers.
+    """Keep a worker for every resource of this host.
 
-    One worker process each, started again when it dies. SIGHUP reads the
+    And for every LUN of another handler of ours. A worker that dies is started
+    again. SIGHUP reads the
     resource files again, SIGTERM ends the workers in order.
     """
     from tcmu_replication.daemon import manager
@@ -89,7 +90,10 @@ def daemon(context: Context) -> None:
 @click.option("--device", metavar="uioN", help="Serve the LUN behind this UIO device instead of a resource.")
 @pass_context
 def serve(context: Context, name: str | None, device: str | None) -> None:
-    """Serve one resource in the foreground: the worker that the daemon starts."""
+    """Serve one resource, or LUN, in the foreground.
+
+    This is the worker that the daemon starts; it is a complete program.
+    """
     if (name is None) == (device is None):
         raise click.UsageError("say which: NAME or --device uioN")
     from tcmu_replication.daemon import program, worker
@@ -107,7 +111,9 @@ def serve(context: Context, name: str | None, device: str | None) -> None:
 @click.option("--watch", is_flag=True, help="Go on showing it, until Ctrl-C.")
 @pass_context
 def status(context: Context, name: str | None, as_json: bool, watch: bool) -> None:
-    """Show what resources do: mode, stage, link, what is dirty, jobs, errors.
+    """Show what resources do.
+
+    Mode, stage, epoch, link, what is dirty, jobs with progress, errors.
 
     A resource whose worker does not answer is shown as "down", and makes the
     exit status 4.
@@ -202,7 +208,10 @@ def stop(context: Context, name: str | None, everything: bool, as_json: bool) ->
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 @pass_context
 def errors(context: Context, name: str | None, as_json: bool) -> None:
-    """Show recorded replication errors; exit status 1 if there is one."""
+    """Show recorded replication errors.
+
+    The exit status is 1 if there is one.
+    """
     from tcmu_replication.cli import actions
 
     results = actions.run(
@@ -221,7 +230,9 @@ def errors(context: Context, name: str | None, as_json: bool) -> None:
 @click.argument("file", required=False, type=click.Path(path_type=Path))
 @pass_context
 def check(context: Context, file: Path | None) -> None:
-    """Check resource files against this host, and change nothing.
+    """Check resource files; change nothing.
+
+    Against the disks, directories and ports of this host.
 
     Without FILE every resource file is checked.
     """

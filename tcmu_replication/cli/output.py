@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 HEADERS = ("resource", "mode", "stage", "epoch", "link", "in flight", "dirty", "job", "error")
+WRAPPED = ("in flight", "link", "job", "error")
 GOOD, BAD, BUSY = "green", "red", "yellow"
 STAGE_COLOUR = {"running": GOOD, "done": GOOD, "failover": BUSY, "failover-failed": BAD, "down": BAD}
 LINK_COLOUR = {"connected": GOOD, "connecting": BUSY, "waiting": BUSY, "lost": BAD}
@@ -41,11 +42,15 @@ def rich_table(lines: Sequence[Row], headers: Row = HEADERS) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*headers, box=box.SIMPLE, header_style="bold")
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0))
+    for header in headers:
+        width = max(LINK_COLOUR, key=len) if header == "link" else header.split(" ")[-1]
+        table.add_column(header, no_wrap=header not in WRAPPED, min_width=len(width), overflow="fold")
     colours = STAGE_COLOUR | LINK_COLOUR
     for row in lines:
         cells = [Text(cell, colours.get(cell.split(" ")[0], "")) for cell in row]
-        cells[-1].stylize(BAD)
+        if row[-1] != "-":
+            cells[-1].stylize(BAD)
         table.add_row(*cells)
     return table
 

@@ -9,8 +9,24 @@ import sys
 PRIORITY = {logging.CRITICAL: 2, logging.ERROR: 3, logging.WARNING: 4, logging.INFO: 6, logging.DEBUG: 7}
 
 
-class JournalFormatter(logging.Formatter):
+class NamedFormatter(logging.Formatter):
+    """Says the program's `name` in front of each message that does not say it itself, and the time."""
+
+    def __init__(self, name: str, form: str = "%(asctime)s %(levelname)-7s %(message)s") -> None:
+        super().__init__(form)
+        self._prefix = f"{name}: "
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        if not record.message.startswith(self._prefix):
+            record.message = self._prefix + record.message
+        return super().formatMessage(record)
+
+
+class JournalFormatter(NamedFormatter):
     """Each line of a message begins with its priority, so that a trace keeps it; the journal adds the time."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, "%(message)s")
 
     def format(self, record: logging.LogRecord) -> str:
         mark = f"<{PRIORITY.get(record.levelno, 6)}>"
@@ -18,10 +34,7 @@ class JournalFormatter(logging.Formatter):
 
 
 def log_to_stderr(name: str) -> None:
-    """Send the whole program's log to standard error, every line named `name`."""
+    """Send the whole program's log to standard error, every message named `name`."""
     handler = logging.StreamHandler(sys.stderr)
-    if "JOURNAL_STREAM" in os.environ:
-        handler.setFormatter(JournalFormatter(f"{name}: %(message)s"))
-    else:
-        handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)-7s {name}: %(message)s"))
+    handler.setFormatter((JournalFormatter if "JOURNAL_STREAM" in os.environ else NamedFormatter)(name))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
