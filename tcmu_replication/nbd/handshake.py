@@ -6,9 +6,10 @@ is in handshake_client.py.
     S: greeting    C: flags    C: option, S: replies ...    C: GO or EXPORT_NAME -> transmission
                                                             C: ABORT             -> the end
 
-An option is one row of `_OPTIONS`. STARTTLS is refused by policy: a listener
-with TLS would answer it with an ACK, wrap the socket and start over with a new
-`ServerHandshake`, which then serves the other options.
+An option is one row of `_OPTIONS`. A listener with TLS answers nothing but
+STARTTLS and ABORT: the ACK of STARTTLS ends this handshake, and behind the TLS
+handshake the one that `secured` returns goes on with nothing of what was said
+before it.
 """
 
 from __future__ import annotations
@@ -67,13 +68,18 @@ class _RefusedError(Exception):
 class ServerHandshake:
     """One client's handshake. Send `greeting()`, then what `receive` returns, until `over`.
 
-    Afterwards `agreed` is the outcome (None: the client said ABORT) and `rest`
-    the bytes behind the handshake, which belong to the transmission phase.
-    `offers` is looked up anew for each option, since exports come and go.
+    Afterwards `agreed` is the outcome and `rest` the bytes behind the handshake,
+    which belong to the transmission phase; or `wants_tls` is set and `secured()`
+    is the handshake to have inside of TLS; or the client said ABORT.
+    `offers` is looked up anew for each option, since exports come and go. `tls`
+    says that they are for clients with TLS only.
     """
 
-    def __init__(self, offers: Callable[[], Mapping[str, Offer]]) -> None:
+    def __init__(self, offers: Callable[[], Mapping[str, Offer]], *, tls: bool = False) -> None:
         self._offers = offers
+        self._tls = tls
+        self._secured = False
+        self.wants_tls = False
         self._received = bytearray()
         self._client_flags: HandshakeFlag | None = None
         self._structured = False
@@ -90,8 +96,19 @@ class ServerHandshake:
         """What a server says first."""
         return protocol.GREETING.pack(protocol.NBD_MAGIC, protocol.OPTION_MAGIC, _KNOWN_FLAGS)
 
+    def secured(self) -> ServerHandshake:
+        """What goes on when TLS is in place. Only the client's flags are kept: they are not said again."""
+        assert self.wants_tls
+        handshake = ServerHandshake(self._offers)
+        handshake._client_flags = self._client_flags
+        handshake._secured = True
+        return handshake
+
     def receive(self, data: bytes) -> bytes:
-        """Take bytes of the client and return what to send. Raises Error PEER_LIED or NOT_FOUND: hang up."""
+        """Take bytes of the client and return what to send.
+
+        Raises Error PEER_LIED, NOT_FOUND or PERMISSION: hang up.
+        """
         assert not self.over
         self._received += data
         answer = bytearray()
@@ -133,6 +150,10 @@ class ServerHandshake:
     def _answer(self, option: int, data: bytes) -> bytes:
         handler = _OPTIONS.get(option)
         try:
+            if self._tls and option not in (Option.STARTTLS, Option.ABORT):
+                if option == Option.EXPORT_NAME:  # which has no error reply
+                    raise Error(Kind.PERMISSION, "asked for an export without TLS")
+                raise _RefusedError(OptionReply.ERR_TLS_REQD, "nothing is told here without TLS")
             if handler is None:
                 raise _RefusedError(OptionReply.ERR_UNSUP, f"option {option} is not supported")
             return handler(self, option, data)
@@ -181,7 +202,14 @@ class ServerHandshake:
 
     def _starttls(self, option: int, data: bytes) -> bytes:
         _expect_no_data(option, data)
-        raise _RefusedError(OptionReply.ERR_POLICY, "this listener has no TLS")
+        if self._secured:
+            raise _RefusedError(OptionReply.ERR_INVALID, "TLS is in place already")
+        if not self._tls:
+            raise _RefusedError(OptionReply.ERR_POLICY, "this listener has no TLS")
+        if self._received:
+            raise Error(Kind.PEER_LIED, f"{len(self._received)} bytes behind STARTTLS, in front of TLS")
+        self.over = self.wants_tls = True
+        return _reply(option, OptionReply.ACK)
 
     def _info_or_go(self, option: int, data: bytes) -> bytes:
         fields = _Fields(data)

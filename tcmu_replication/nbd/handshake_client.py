@@ -2,7 +2,8 @@
 
 Source: doc/proto.md of the NBD project, "Handshake phase".
 
-    greeting -> STRUCTURED_REPLY -> SET_META_CONTEXT -> GO -> transmission
+    greeting [-> STARTTLS -> TLS]
+             -> STRUCTURED_REPLY -> SET_META_CONTEXT -> GO -> transmission
                                                         | ERR_UNSUP  -> EXPORT_NAME -> transmission
                                                         | ERR_UNKNOWN -> LIST -> Error that names the exports
 
@@ -37,10 +38,14 @@ class Agreement(NamedTuple):
 class ClientHandshake:
     """Ask a server for `export`. Feed `receive` and send what it returns until `agreed` is set.
 
-    `rest` has the bytes behind the handshake (a server sends none unasked).
+    `rest` has the bytes behind the handshake (a server sends none unasked). With
+    `tls` nothing is asked before TLS: `wants_tls` is set when it may begin, and
+    `secured()` is what to send inside of it.
     """
 
-    def __init__(self, export: str) -> None:
+    def __init__(self, export: str, *, tls: bool = False) -> None:
+        self._tls = tls
+        self.wants_tls = False
         self._export = export.encode()
         self._received = bytearray()
         self._await: Callable[[], bytes | None] = self._greeting
@@ -67,9 +72,16 @@ class ClientHandshake:
         """
         self._received += data
         send = b""
-        while self.agreed is None and (answer := self._await()) is not None:
+        while self.agreed is None and not self.wants_tls and (answer := self._await()) is not None:
             send += answer
         return send
+
+    def secured(self) -> bytes:
+        """TLS is in place: go on."""
+        assert self.wants_tls
+        self.wants_tls = False
+        self._await = self._structured_reply
+        return _option(Option.STRUCTURED_REPLY)
 
     def _take(self, length: int) -> bytes | None:
         if len(self._received) < length:
@@ -93,6 +105,11 @@ class ClientHandshake:
         mine = HandshakeFlag(flags & (HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES))
         self._zeroes = 0 if mine & HandshakeFlag.NO_ZEROES else protocol.EXPORT_NAME_ZEROES
         hello = protocol.CLIENT_FLAGS.pack(mine)
+        if self._tls:
+            if not mine & HandshakeFlag.FIXED_NEWSTYLE:
+                raise Error(Kind.UNSUPPORTED, "the server is too old for TLS, which is wanted here")
+            self._await = self._starttls
+            return hello + _option(Option.STARTTLS)
         if not mine & HandshakeFlag.FIXED_NEWSTYLE:
             return hello + self._ask_export_name()
         self._await = self._structured_reply
@@ -116,8 +133,22 @@ class ClientHandshake:
         del self._received[: head + length]
         if reply in (OptionReply.ERR_TLS_REQD, OptionReply.ERR_POLICY, OptionReply.ERR_SHUTDOWN):
             name = OptionReply(reply).name
-            raise Error(Kind.PERMISSION, f"the server refuses {option.name}: {_said(name, data)}")
+            hint = "; it wants TLS, which is not set up here" if reply == OptionReply.ERR_TLS_REQD else ""
+            raise Error(Kind.PERMISSION, f"the server refuses {option.name}: {_said(name, data)}{hint}")
         return reply, data
+
+    def _starttls(self) -> bytes | None:
+        answer = self._reply(Option.STARTTLS)
+        if answer is None:
+            return None
+        reply, _ = answer
+        if reply != OptionReply.ACK:
+            _expect_error(Option.STARTTLS, reply)
+            raise Error(Kind.PERMISSION, "the server has no TLS, which is wanted here")
+        if self._received:
+            raise Error(Kind.PEER_LIED, f"{len(self._received)} bytes of the server in front of TLS")
+        self.wants_tls = True
+        return b""
 
     def _structured_reply(self) -> bytes | None:
         answer = self._reply(Option.STRUCTURED_REPLY)

@@ -16,7 +16,7 @@ TOLD = {Kind.PEER_LIED, Kind.NOT_FOUND, Kind.PERMISSION, Kind.UNSUPPORTED}
 options = st.builds(option, st.integers(0, 12), st.binary(max_size=40))
 replies = st.builds(
     reply,
-    st.sampled_from([3, 7, 8, 10]),
+    st.sampled_from([3, 5, 7, 8, 10]),
     st.sampled_from([1, 2, 3, 4, *range(0x80000001, 0x8000000B)]),
     st.binary(max_size=40),
 )
@@ -28,30 +28,32 @@ def told(error: Error, kinds: set[Kind]) -> None:
     assert error.detail
 
 
-@given(st.lists(options | st.binary(max_size=40), max_size=8), pieces)
-def test_server_handshake_survives_any_client(parts: list[bytes], step: int) -> None:
-    handshake = ServerHandshake(lambda: OFFERS)
+@given(st.lists(options | st.binary(max_size=40), max_size=8), pieces, st.booleans())
+def test_server_handshake_survives_any_client(parts: list[bytes], step: int, tls: bool) -> None:
+    handshake = ServerHandshake(lambda: OFFERS, tls=tls)
     data = FIXED + b"".join(parts)
     try:
         for start in range(0, len(data), step):
             handshake.receive(data[start : start + step])
             if handshake.over:
-                return
+                break
     except Error as error:
-        told(error, {Kind.PEER_LIED, Kind.NOT_FOUND})
+        told(error, {Kind.PEER_LIED, Kind.PERMISSION if tls else Kind.NOT_FOUND})
+    assert not (tls and handshake.agreed)
 
 
-@given(st.lists(replies | st.binary(max_size=40), max_size=8), pieces)
-def test_client_handshake_survives_any_server(parts: list[bytes], step: int) -> None:
-    handshake = ClientHandshake("disk0")
+@given(st.lists(replies | st.binary(max_size=40), max_size=8), pieces, st.booleans())
+def test_client_handshake_survives_any_server(parts: list[bytes], step: int, tls: bool) -> None:
+    handshake = ClientHandshake("disk0", tls=tls)
     data = b"NBDMAGICIHAVEOPT\0\x03" + b"".join(parts)
     try:
         for start in range(0, len(data), step):
             handshake.receive(data[start : start + step])
             if handshake.agreed is not None:
-                return
+                break
     except Error as error:
         told(error, TOLD)
+    assert not (tls and handshake.agreed)
 
 
 @given(st.binary(max_size=64), st.sampled_from([b"", b"\x25\x60\x95\x13"]))
