@@ -21,7 +21,7 @@ import mmap
 import re
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from tcmu_replication.block.file import File
 from tcmu_replication.block.offload import Offload
@@ -113,11 +113,19 @@ class AllocationMap:
             for start, end in _by_page(first, last)
         )
 
-    def runs(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
+    def runs(self, first: int, last: int) -> Sequence[tuple[int, int, int]]:
         """The range as (first, last, state) runs, none longer than a page of the map."""
+        if first // PAGE == (last - 1) // PAGE:
+            states = self.states(first, last)
+            state = states[0]
+            if states.count(state) == last - first:  # by far the most usual: all alike
+                return ((first, last, state),)
+        found = []
         for start, end in _by_page(first, last):
-            for run in _RUNS.finditer(states := self.states(start, end)):
-                yield start + run.start(), start + run.end(), states[run.start()]
+            states = self.states(start, end)
+            for run in _RUNS.finditer(states):
+                found.append((start + run.start(), start + run.end(), states[run.start()]))
+        return found
 
     def marked(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
         """As `runs`, without the absent ones; what is marked or unmarked behind it does not disturb it."""
@@ -134,6 +142,8 @@ class AllocationMap:
 
     def prepare(self, first: int, last: int) -> None:
         """Make sure that marks in the range find space. Raises `Error` (NO_SPACE)."""
+        if last - first == 1 and self._safe[first // PAGE]:
+            return
         for page in range(first // PAGE, _pages(last)):
             if not self._safe[page]:
                 self._file.write(PAGE + page * PAGE, [_EMPTY_PAGE])
@@ -142,17 +152,22 @@ class AllocationMap:
     def mark(self, first: int, last: int, state: int) -> None:
         """Set the range's state. Raises `Error` (NO_SPACE); never where `prepare` was called before."""
         for start, end in _by_page(first, last):
-            before = self.states(start, end)
-            if state == ABSENT and not self._safe[start // PAGE]:
+            if not self._safe[start // PAGE]:
+                if state == ABSENT:
+                    continue
+                self.prepare(start, end)
+            if end - start == 1:
+                self._mark_one(PAGE + start, state)
                 continue
-            self.prepare(start, end)
-            self._bytes[PAGE + start : PAGE + end] = _STATES[state] * (end - start)
+            at, count = PAGE + start, end - start
+            before = self._bytes[at : at + count]
+            self._bytes[at : at + count] = _STATES[state] * count
             self.here -= before.count(HERE)
             self.zero -= before.count(ZERO)
             if state == HERE:
-                self.here += end - start
+                self.here += count
             elif state == ZERO:
-                self.zero += end - start
+                self.zero += count
 
     def flush(self) -> Pending | None:
         """As `Node.flush`: every mark made before the call. fdatasync covers stores through the mapping."""
@@ -162,6 +177,13 @@ class AllocationMap:
         """Unmap and unlock. Twice is fine."""
         self._bytes.close()
         self._file.close()
+
+    def _mark_one(self, at: int, state: int) -> None:
+        """`mark` of a single block, the most usual: no bytes objects."""
+        before = self._bytes[at]
+        self._bytes[at] = state
+        self.here += (state == HERE) - (before == HERE)
+        self.zero += (state == ZERO) - (before == ZERO)
 
     def _count(self, length: int) -> None:
         """Find the marked pages (SEEK_DATA) and count. Only a page with a mark is surely no hole."""
@@ -190,11 +212,12 @@ def _pages(last: int) -> int:
     return -(-last // PAGE)
 
 
-def _by_page(first: int, last: int) -> Iterator[tuple[int, int]]:
-    while first < last:
-        end = min(last, (first // PAGE + 1) * PAGE)
-        yield first, end
-        first = end
+def _by_page(first: int, last: int) -> list[tuple[int, int]]:
+    """The range in pieces that lie in one page of the map each."""
+    if first // PAGE == (last - 1) // PAGE:
+        return [(first, last)]
+    inner = list(range((first // PAGE + 1) * PAGE, last, PAGE))
+    return list(zip([first, *inner], [*inner, last], strict=True))
 
 
 def _check_header(page: bytes, path: str, length: int) -> None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tcmu_replication.block.buffers import ZEROES, size
 from tcmu_replication.block.node import Buffers, Node
@@ -93,18 +93,26 @@ class CopyBeforeWrite(Node):
 
     def write(self, offset: int, buffers: Buffers, fua: bool = False) -> Pending | None:
         """See `Node.write`. Raises the `Error` of the disk, or that of saving."""
-        length = size(buffers)
-        if self._into.covers(offset, length) and not self._gathered and not self._running:
-            return self.child.write(offset, buffers, fua)
-        return self._save_first(offset, length, self.child.write, offset, buffers, fua)
+        length = len(buffers[0]) if len(buffers) == 1 else size(buffers)
+        if self._durable:
+            return self._gather(offset, length, partial(self.child.write, offset, buffers, fua))
+        if not self._into.covers(offset, length):
+            self._save(offset, length)
+        return self.child.write(offset, buffers, fua)
 
     def zero(self, offset: int, length: int, fua: bool = False, unmap: bool = True) -> Pending | None:
         """See `Node.zero`. Raises as `write` does."""
-        return self._save_first(offset, length, self.child.zero, offset, length, fua, unmap)
+        if self._durable:
+            return self._gather(offset, length, partial(self.child.zero, offset, length, fua, unmap))
+        self._save(offset, length)
+        return self.child.zero(offset, length, fua, unmap)
 
     def discard(self, offset: int, length: int) -> Pending | None:
         """See `Node.discard`. Raises as `write` does."""
-        return self._save_first(offset, length, self.child.discard, offset, length)
+        if self._durable:
+            return self._gather(offset, length, partial(self.child.discard, offset, length))
+        self._save(offset, length)
+        return self.child.discard(offset, length)
 
     def flush(self) -> Pending | None:
         """See `Node.flush`; lets what waits begin."""
@@ -129,14 +137,11 @@ class CopyBeforeWrite(Node):
         self.unplug()
         super().close()
 
-    def _save_first(
-        self, offset: int, length: int, call: Callable[..., Pending | None], *args: Any
-    ) -> Pending | None:
-        if self._durable:
-            return self._gather(offset, length, partial(call, *args))
-        for start, run in self._into.missing(offset, length):
-            self._copy(start, run, self._into.save)
-        return call(*args)
+    def _save(self, offset: int, length: int) -> None:
+        """Save what is missing of the range's blocks, at once."""
+        into = self._into
+        for start, run in into.missing(offset, length):
+            self._copy(start, run, into.save)
 
     def _copy(self, offset: int, length: int, save: Callable[[int, memoryview], None]) -> None:
         """Pass old content on, in pieces; in large ranges holes of the disk are not read."""
@@ -155,7 +160,7 @@ class CopyBeforeWrite(Node):
     def _gather(self, offset: int, length: int, call: Callable[[], Pending | None]) -> Pending | None:
         """Store what is missing and let the write wait, unless it has nothing to wait for."""
         start, end = round_down(offset, BLOCK), round_up(offset + length, BLOCK)
-        if self._into.covers(offset, length) and not self._overlaps(start, end):
+        if not self._overlaps(start, end) and self._into.covers(offset, length):
             return call()
         batch = self._gathered or Batch(self._into)
 
@@ -186,7 +191,7 @@ class CopyBeforeWrite(Node):
         def mark() -> Pending | None:
             for offset, length, zero in batch.stored:
                 # A block may have been stored, and marked, for a batch before this one.
-                for run in list(batch.into.missing(offset, length)):
+                for run in batch.into.missing(offset, length):
                     batch.into.mark(*run, zero)
                     batch.marked.append(run)
             return batch.into.sync_map()

@@ -64,7 +64,7 @@ class File(Node):
 
     def read(self, offset: int, buffers: Buffers) -> Pending | None:
         """See `Node.read`. With an Offload what is not cached is read in a thread."""
-        length = size(buffers)
+        length = len(buffers[0]) if len(buffers) == 1 else size(buffers)
         try:
             if self._nowait:
                 return self._read_cached(offset, buffers, length)
@@ -89,7 +89,7 @@ class File(Node):
 
     def write(self, offset: int, buffers: Buffers, fua: bool = False) -> Pending | None:
         """See `Node.write`. The data is in the page cache on return; only `fua` may return a `Pending`."""
-        length = size(buffers)
+        length = len(buffers[0]) if len(buffers) == 1 else size(buffers)
         try:
             done = os.pwritev(self._fd, buffers, offset) if len(buffers) <= IOV_MAX else 0
             while done != length:

@@ -62,7 +62,7 @@ class Node:
     def fetch(self, offset: int, length: int) -> memoryview:
         """Read at once, blocking: for merges, pre-images and jobs, which must not be overtaken.
 
-        Raises `Error`. A node whose `read` may return a `Pending` overrides it.
+        The view may be read-only. Raises `Error`. A node whose `read` may return a `Pending` overrides it.
         """
         view = memoryview(bytearray(length))
         pending = self.read(offset, [view])

@@ -23,12 +23,14 @@ from pathlib import Path
 from tcmu_replication.block import allocation_map
 from tcmu_replication.block.allocation_map import ABSENT, HERE, ZERO, AllocationMap, blocks_of
 from tcmu_replication.block.buffers import clear, part, size, zeroes
+from tcmu_replication.block.extents import merged
 from tcmu_replication.block.file import File
 from tcmu_replication.block.node import Buffers, Extent, Node
 from tcmu_replication.block.offload import Offload
 from tcmu_replication.block.pending import Pending, after, attempt, gather
+from tcmu_replication.block.space import create_sparse
 from tcmu_replication.errors import Error, Kind, from_os
-from tcmu_replication.units import BLOCK, format_size
+from tcmu_replication.units import BLOCK, format_size, round_down, round_up
 
 
 class Overlay(Node):
@@ -91,10 +93,10 @@ class Overlay(Node):
         made: list[str] = []
         data_path, map_path = _paths(path)
         try:
-            _create_file(data_path, backing.length, b"")
+            create_sparse(data_path, backing.length, b"")
             made.append(data_path)
             # The header comes last of all: a map without it was not finished.
-            _create_file(
+            create_sparse(
                 map_path, allocation_map.file_size(backing.length), allocation_map.header(backing.length)
             )
             made.append(map_path)
@@ -139,7 +141,7 @@ class Overlay(Node):
 
     def fetch(self, offset: int, length: int) -> memoryview:
         """See `Node.fetch`."""
-        runs = list(self._runs(offset, length))
+        runs = self._runs(offset, length)
         if len(runs) == 1:
             return self._fetch_run(offset, length, runs[0][2])
         whole = memoryview(bytearray(length))
@@ -155,13 +157,7 @@ class Overlay(Node):
         fresh = last - first - states.count(HERE)
         if fresh:
             self._make_room(first, last, fresh)
-            # Blocks that come here come whole: what the request leaves out is taken from below.
-            start, end_whole = first * BLOCK, min(last * BLOCK, self.length)
-            if start < offset and states[0] != HERE:
-                buffers = [self._fetch_run(start, offset - start, states[0]), *buffers]
-                offset = start
-            if end < end_whole and states[-1] != HERE:
-                buffers = [*buffers, self._fetch_run(end, end_whole - end, states[-1])]
+            offset, buffers = self._whole(offset, end, buffers, states)
         self.data.write(offset, buffers)
         if fresh:
             self._map.mark(first, last, HERE)
@@ -183,7 +179,9 @@ class Overlay(Node):
 
     def discard(self, offset: int, length: int) -> Pending | None:
         """See `Node.discard`: whole blocks become zero."""
-        self._zero_blocks(*self._whole_blocks(offset, length))
+        first, last = self._whole_blocks(offset, length)
+        if first < last:
+            self._zero_blocks(first, last)
         return None
 
     def flush(self) -> Pending | None:
@@ -198,7 +196,7 @@ class Overlay(Node):
                 found += self.child.extents(start, run)
             else:
                 found.append(Extent(run, allocated=state == HERE, zero=state == ZERO))
-        return _merged(found)
+        return merged(found)
 
     def close(self) -> None:
         """Close the files, then what lies below. Twice is fine."""
@@ -246,11 +244,13 @@ class Overlay(Node):
             start = first * BLOCK
             yield start, min(last * BLOCK, self.length) - start, state == ZERO
 
-    def missing(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+    def missing(self, offset: int, length: int) -> list[tuple[int, int]]:
         """The whole blocks, touched by the range, that are not here: (offset, length), up to 16 MiB each."""
-        for first, last, state in self._map.runs(offset // BLOCK, blocks_of(offset + length)):
-            if state == ABSENT:
-                yield first * BLOCK, min(last * BLOCK, self.length) - first * BLOCK
+        return [
+            (first * BLOCK, min(last * BLOCK, self.length) - first * BLOCK)
+            for first, last, state in self._map.runs(offset // BLOCK, (offset + length - 1) // BLOCK + 1)
+            if state == ABSENT
+        ]
 
     def store(self, offset: int, data: memoryview) -> bool:
         """Write whole blocks without marking them; afterwards `mark` cannot fail. True if they are all zero.
@@ -289,12 +289,32 @@ class Overlay(Node):
         """The marks alone, as `flush`; the data that they name must be durable before."""
         return self._map.flush()
 
-    def _runs(self, offset: int, length: int) -> Iterator[tuple[int, int, int]]:
+    def _runs(self, offset: int, length: int) -> list[tuple[int, int, int]]:
         """The range as (offset, length, state) runs."""
         end = offset + length
-        for first, last, state in self._map.runs(offset // BLOCK, blocks_of(end)):
+        found = []
+        for first, last, state in self._map.runs(offset // BLOCK, (end - 1) // BLOCK + 1):
             start = max(offset, first * BLOCK)
-            yield start, min(end, last * BLOCK) - start, state
+            found.append((start, min(end, last * BLOCK) - start, state))
+        return found
+
+    def _whole(self, offset: int, end: int, buffers: Buffers, states: bytes) -> tuple[int, Buffers]:
+        """Where a write begins, and its buffers, once blocks that come here are whole.
+
+        What the request leaves out of them is taken from below, or is zero.
+        """
+        start = round_down(offset, BLOCK)
+        end_whole = min(round_up(end, BLOCK), self.length)
+        if len(states) == 1:
+            if end - offset == end_whole - start:
+                return offset, buffers
+            old = self._fetch_run(start, end_whole - start, states[0])
+            return start, [old[: offset - start], *buffers, old[end - start :]]
+        if end < end_whole and states[-1] != HERE:
+            buffers = [*buffers, self._fetch_run(end, end_whole - end, states[-1])]
+        if start < offset and states[0] != HERE:
+            return start, [self._fetch_run(start, offset - start, states[0]), *buffers]
+        return offset, buffers
 
     def _read_runs(self, offset: int, buffers: Buffers, length: int) -> Pending | None:
         error, pendings = None, []
@@ -372,30 +392,3 @@ class Overlay(Node):
 
 def _paths(path: str | Path) -> tuple[str, str]:
     return f"{path}.data", f"{path}.map"
-
-
-def _create_file(path: str, length: int, head: bytes) -> None:
-    """A new sparse file of `length` bytes that begins with `head`. Raises `Error` and leaves nothing behind."""
-    try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            os.ftruncate(fd, length)
-            os.pwrite(fd, head, 0)
-        except BaseException:
-            os.unlink(path)
-            raise
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise from_os(error, f"create {path} for {format_size(length)}") from error
-
-
-def _merged(extents: list[Extent]) -> list[Extent]:
-    """Alike neighbours as one."""
-    merged: list[Extent] = []
-    for extent in extents:
-        if merged and merged[-1][1:] == extent[1:]:
-            merged[-1] = extent._replace(length=merged[-1].length + extent.length)
-        else:
-            merged.append(extent)
-    return merged

@@ -1,6 +1,6 @@
-"""Space of open files and block devices: giving it back, zeroing it, asking where data is.
+"""Space of files and block devices: giving it back, zeroing it, asking where data is, sparse new files.
 
-Each function answers False where the kernel or the filesystem cannot do it
+A function that returns bool answers False where the kernel or the filesystem cannot do it
 (hostfs has no fallocate at all, tmpfs has no ZERO_RANGE, many disks have no
 discard); the caller remembers that and does without. Other failures are
 OSErrors.
@@ -15,6 +15,8 @@ import os
 import struct
 
 from tcmu_replication.block.node import Extent
+from tcmu_replication.errors import from_os
+from tcmu_replication.units import format_size
 
 # include/uapi/linux/falloc.h
 KEEP_SIZE = 0x01
@@ -87,3 +89,19 @@ def data_runs(fd: int, offset: int, length: int) -> list[Extent]:
         else:
             offset = end
     return found
+
+
+def create_sparse(path: str, length: int, head: bytes) -> None:
+    """A new sparse file of `length` bytes that begins with `head`. Raises `Error` and leaves nothing behind."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            os.ftruncate(fd, length)
+            os.pwrite(fd, head, 0)
+        except BaseException:
+            os.unlink(path)
+            raise
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise from_os(error, f"create {path} for {format_size(length)}") from error

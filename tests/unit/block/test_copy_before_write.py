@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import shutil
@@ -15,7 +16,9 @@ from tcmu_replication.block.faults import Faults
 from tcmu_replication.block.file import File
 from tcmu_replication.block.memory import Memory
 from tcmu_replication.block.node import Buffers
+from tcmu_replication.block.offload import Offload
 from tcmu_replication.block.overlay import Overlay
+from tcmu_replication.block.pending import settle
 from tcmu_replication.errors import Error, Kind
 from tests.unit.block.conftest import HeldOffload, make_image
 
@@ -299,6 +302,34 @@ def test_cbw_durable_write_made_by_whoever_is_told_of_an_end(durable: Pair) -> N
     assert ends == [[True], [True]]
     assert durable.memory.data == changed((0, b"2" + b"1" * (BLOCK - 1) + b"3"))
     assert durable.checkpoint() == OLD
+
+
+def test_cbw_durable_with_real_threads(tmp_path: Path, loop: asyncio.AbstractEventLoop) -> None:
+    async def run() -> None:
+        offload = Offload()
+        disk = File(make_image(tmp_path / "disk", LENGTH), offload=offload)
+        disk.write(0, [memoryview(OLD)])
+        hidden = Overlay.create("hidden", tmp_path / "hidden", disk, offload=offload)
+        filter_ = CopyBeforeWrite(disk, hidden, durable=True)
+        expected, dice, writes = bytearray(OLD), random.Random(3), []
+        for stamp in range(1, 200):
+            offset = dice.randrange(LENGTH)
+            data = bytes([stamp]) * min(LENGTH - offset, dice.choice([1, 512, BLOCK]))
+            expected[offset : offset + len(data)] = data
+            writes.append(filter_.write(offset, [memoryview(data)], stamp % 9 == 0))
+            if stamp % 7 == 0:
+                filter_.unplug()
+                await asyncio.sleep(0)
+        filter_.unplug()
+        for write in writes:
+            await settle(write)
+        await settle(filter_.flush())
+        assert bytes(disk.fetch(0, LENGTH)) == expected
+        assert bytes(hidden.fetch(0, LENGTH)) == OLD
+        hidden.close()
+        offload.close()
+
+    loop.run_until_complete(run())
 
 
 # The loss of power.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -360,6 +362,41 @@ def test_overlay_full_filesystem_under_the_map_is_an_error_and_no_death(
     assert content(overlay) == OLD
     overlay.zero(0, BLOCK)
     assert content(overlay) == changed((0, bytes(BLOCK)))
+
+
+def test_overlay_on_a_filesystem_that_is_really_full(below: Memory, tmp_path: Path) -> None:
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=40k", "tmpfs", str(folder)], capture_output=True, text=True
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"this machine mounts no tmpfs ({mounted.stderr.strip()})")
+    try:
+        overlay = Overlay.create("active", folder / "active", below)
+        overlay.write(0, [memoryview(b"n" * BLOCK)])
+        filler = open(folder / "filler", "wb", buffering=0)  # noqa: SIM115
+        with contextlib.suppress(OSError):
+            while True:
+                filler.write(bytes(BLOCK))
+        expected = changed((0, b"n" * BLOCK))
+        for call in (
+            lambda: overlay.write(BLOCK + 5, [memoryview(b"x")]),
+            lambda: overlay.save(BLOCK, memoryview(OLD)[BLOCK : 3 * BLOCK]),
+            lambda: Overlay.create("other", folder / "other", below),
+        ):
+            with pytest.raises(Error) as caught:
+                call()
+            assert caught.value.kind is Kind.NO_SPACE
+            assert content(overlay) == expected
+        assert sorted(path.name for path in folder.iterdir()) == ["active.data", "active.map", "filler"]
+        filler.truncate(0)
+        filler.close()
+        overlay.write(BLOCK + 5, [memoryview(b"x")])
+        assert content(overlay) == changed((0, b"n" * BLOCK), (BLOCK + 5, b"x"))
+        overlay.destroy()
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 # Reads that take their time.
