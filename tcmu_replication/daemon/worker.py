@@ -132,7 +132,9 @@ class Worker:
     def _defect(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """An exception that nobody handled is a bug: end at once, the next process takes the LUN up."""
         loop.default_exception_handler(context)
-        if isinstance(context.get("exception"), Exception):
+        error = context.get("exception")
+        # An OSError is the world's (no descriptors left, a network gone), not ours.
+        if isinstance(error, Exception) and not isinstance(error, OSError):
             log.critical("%s: ended by a defect; what was acknowledged is safe", self.name)
             os._exit(70)
 
