@@ -61,12 +61,20 @@ class CopyBeforeWrite(Node):
     When a pre-image cannot be saved the request fails with that error, the
     disk is unchanged, and later requests try again. With `durable` a flush
     covers writes that have ended, as always; those that wait have not.
+    `failed(error)` hears of every request that could not be carried out.
     """
 
     def __init__(
-        self, disk: Node, into: Overlay, durable: bool = False, *, name: str = "copy-before-write"
+        self,
+        disk: Node,
+        into: Overlay,
+        durable: bool = False,
+        *,
+        name: str = "copy-before-write",
+        failed: Callable[[Error], None] = lambda error: None,
     ) -> None:
         super().__init__(name, disk.length, disk, read_only=disk.read_only)
+        self._failed = failed
         self._into = into
         self._durable = durable
         self._gathered: Batch | None = None
@@ -94,25 +102,37 @@ class CopyBeforeWrite(Node):
     def write(self, offset: int, buffers: Buffers, fua: bool = False) -> Pending | None:
         """See `Node.write`. Raises the `Error` of the disk, or that of saving."""
         length = len(buffers[0]) if len(buffers) == 1 else size(buffers)
-        if self._durable:
-            return self._gather(offset, length, partial(self.child.write, offset, buffers, fua))
-        if not self._into.covers(offset, length):
-            self._save(offset, length)
-        return self.child.write(offset, buffers, fua)
+        try:
+            if self._durable:
+                return self._gather(offset, length, partial(self.child.write, offset, buffers, fua))
+            if not self._into.covers(offset, length):
+                self._save(offset, length)
+            return self.child.write(offset, buffers, fua)
+        except Error as error:
+            self._failed(error)
+            raise
 
     def zero(self, offset: int, length: int, fua: bool = False, unmap: bool = True) -> Pending | None:
         """See `Node.zero`. Raises as `write` does."""
-        if self._durable:
-            return self._gather(offset, length, partial(self.child.zero, offset, length, fua, unmap))
-        self._save(offset, length)
-        return self.child.zero(offset, length, fua, unmap)
+        try:
+            if self._durable:
+                return self._gather(offset, length, partial(self.child.zero, offset, length, fua, unmap))
+            self._save(offset, length)
+            return self.child.zero(offset, length, fua, unmap)
+        except Error as error:
+            self._failed(error)
+            raise
 
     def discard(self, offset: int, length: int) -> Pending | None:
         """See `Node.discard`. Raises as `write` does."""
-        if self._durable:
-            return self._gather(offset, length, partial(self.child.discard, offset, length))
-        self._save(offset, length)
-        return self.child.discard(offset, length)
+        try:
+            if self._durable:
+                return self._gather(offset, length, partial(self.child.discard, offset, length))
+            self._save(offset, length)
+            return self.child.discard(offset, length)
+        except Error as error:
+            self._failed(error)
+            raise
 
     def flush(self) -> Pending | None:
         """See `Node.flush`; lets what waits begin."""
@@ -211,11 +231,15 @@ class CopyBeforeWrite(Node):
         for write in batch.writes:
             failed, pending = (error, None) if error is not None else attempt(write.call)
             if pending is None:
-                write.promised.complete(failed)
+                self._end(write.promised, failed)
             else:
-                pending.then(partial(_pass_on, write.promised))
+                pending.then(partial(self._pass_on, write.promised))
         self._running = None
 
+    def _pass_on(self, promised: Pending, ended: Pending) -> None:
+        self._end(promised, ended.error)
 
-def _pass_on(promised: Pending, ended: Pending) -> None:
-    promised.complete(ended.error, ended.value)
+    def _end(self, promised: Pending, error: Error | None) -> None:
+        if error is not None:
+            self._failed(error)
+        promised.complete(error)

@@ -225,7 +225,7 @@ class Secondary:
             pair = self._epochs.create(1)
             try:
                 self.check_chain(pair.active, pair.hidden)
-                await settle(self.disk.flush())
+                await self._make_durable(pair)
                 self._save(
                     stage=Stage.RUNNING,
                     generation=str(uuid.uuid4()),
@@ -299,9 +299,13 @@ class Secondary:
         if self._next is None:
             self._next = self._make_next()
         if self._durable:
-            await settle(self._next.hidden.flush())
-            await settle(self._next.active.flush())
-            await settle(self.disk.flush())
+            await self._make_durable(self._next)
+
+    async def _make_durable(self, pair: Pair) -> None:
+        """A pair that the manifest is going to name, and the disk as it is now."""
+        await settle(pair.hidden.flush())
+        await settle(pair.active.flush())
+        await settle(self.disk.flush())
 
     def _check_ejected(self, pair: Pair) -> None:
         """An overlay whose files were taken away cannot be emptied."""
@@ -380,10 +384,23 @@ class Secondary:
 
     async def _activate(self, pair: Pair) -> None:
         """Save pre-images into the pair, show it, and let the primary in."""
-        self._backup = CopyBeforeWrite(self.disk, pair.hidden, durable=self._durable)
+        self._backup = CopyBeforeWrite(
+            self.disk, pair.hidden, durable=self._durable, failed=self._forwarding_failed
+        )
         self.filter.reads = self.filter.writes = pair.active
         self._export = Gate(self._backup)
         await self._publish(self._export)
+
+    def _forwarding_failed(self, error: Error) -> None:
+        """A forwarded write was answered with an error: the primary knows, and so shall who looks here."""
+        if self.machine.error is not None:
+            return
+        self.machine.record(f"a forwarded write failed: {error}")
+        log.error("%s: a forwarded write failed; the primary was told: %s", self.name, error)
+        try:
+            self._save(error=self.machine.error)
+        except Error as also:
+            log.error("%s: and that could not be written down: %s", self.name, also)
 
     async def _end_backup(self) -> None:
         """No forwarded write after this."""

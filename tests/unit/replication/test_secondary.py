@@ -605,6 +605,7 @@ def test_hidden_overlay_full_fails_the_forwarded_write_and_keeps_the_checkpoint(
         with pytest.raises(Error) as refused:
             await site.forward(2 * BLOCK, BLOCK)
         assert refused.value.kind is Kind.NO_SPACE
+        assert "a forwarded write failed" in site.engine.machine.error
         assert site.sec(2 * BLOCK) == {OLD}
         assert await site.top(0, 3 * BLOCK) == {OLD}
         await site.forward(0, BLOCK, 0x44)
