@@ -1,5 +1,6 @@
 # make demo    three hosts, a replicated LUN, a crash and a failover (as root)
 # make test    everything that can be checked; what .ci/run calls (as root)
+# make bench   QEMU's replication and ours side by side; QUICK=1 for a short run (as root)
 # make lint    ruff and mypy
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +11,7 @@ PACKAGES := user-mode-linux kmod qemu-utils qemu-system-x86 nbdkit libnbd-bin fi
 	e2fsprogs xfsprogs dbus iproute2 sg3-utils python3-venv
 TEST_ARGS ?=
 
-.PHONY: demo test lint unit tools clean
+.PHONY: bench demo test lint unit tools clean
 
 test: tools $(VENV)/installed lint
 	$(BIN)/python -m pytest $(TEST_ARGS)
@@ -20,6 +21,9 @@ unit: $(VENV)/installed
 
 demo: tools $(VENV)/installed
 	$(BIN)/python -m tests.lab.demo --to $(TO)
+
+bench: tools $(VENV)/installed
+	$(BIN)/python -m benchmarks $(if $(QUICK),--scale quick) $(BENCH_ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -1,0 +1,125 @@
+"""What came of a run: medians and ratios, as a table, as JSON and as Markdown."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.rows import ROWS, Row, Sample
+
+
+class Median(NamedTuple):
+    """Of one side's samples of a row; `cpu_us` is None where it was not measured."""
+
+    value: float
+    low: float
+    high: float
+    cpu_us: float | None
+    count: int
+
+
+class Line(NamedTuple):
+    """One row's outcome. `ratio` compares with QEMU, `of_limit` with the bare loop; above 1 ours is better."""
+
+    row: Row
+    qemu: Median | None
+    ours: Median | None
+    limit: Median | None
+    ratio: float | None
+    of_limit: float | None
+
+    @property
+    def reached(self) -> bool | None:
+        """Whether the target is met; None if there is none or nothing to compare."""
+        return None if self.ratio is None or self.row.target is None else self.ratio >= self.row.target
+
+
+def lines(samples: Iterable[Sample]) -> dict[str, Line]:
+    """The outcome of every row that was measured."""
+    by_row: dict[str, dict[str, list[Sample]]] = {}
+    for sample in samples:
+        by_row.setdefault(sample.row, {}).setdefault(sample.side, []).append(sample)
+    return {name: _line(ROWS[name], by_row[name]) for name in ROWS if name in by_row}
+
+
+def _line(row: Row, sides: dict[str, list[Sample]]) -> Line:
+    qemu, ours, limit = (_median(sides.get(side, ())) for side in ("QEMU", "ours", "limit"))
+    return Line(row, qemu, ours, limit, _ratio(row, ours, qemu), _ratio(row, ours, limit))
+
+
+def _median(samples: Sequence[Sample]) -> Median | None:
+    if not samples:
+        return None
+    values = [sample.value for sample in samples]
+    cpu = [sample.cpu_us for sample in samples if sample.cpu_us is not None]
+    return Median(
+        statistics.median(values), min(values), max(values), statistics.median(cpu) if cpu else None, len(values)
+    )
+
+
+def _ratio(row: Row, ours: Median | None, other: Median | None) -> float | None:
+    if ours is None or other is None:
+        return None
+    return ours.value / other.value if row.better == "more" else other.value / ours.value
+
+
+HEAD = ("work", "unit", "QEMU", "ours", "ratio", "target", "QEMU µs CPU", "ours µs CPU", "limit", "of limit")
+
+
+def cells(line: Line) -> tuple[str, ...]:
+    """A row of the table, in the order of HEAD."""
+    row, qemu, ours, limit = line.row, line.qemu, line.ours, line.limit
+    return (
+        row.title,
+        row.unit,
+        *(_value(side) for side in (qemu, ours)),
+        "" if line.ratio is None else f"{line.ratio:.1f}x",
+        "" if row.target is None else f"{row.target:g}x",
+        *("" if side is None or side.cpu_us is None else f"{side.cpu_us:.1f}" for side in (qemu, ours)),
+        _value(limit),
+        "" if line.of_limit is None else f"{100 * line.of_limit:.0f} %",
+    )
+
+
+def _value(median: Median | None) -> str:
+    if median is None:
+        return ""
+    digits = 0 if median.value >= 100 else 1 if median.value >= 1 else 3
+    return f"{median.value:,.{digits}f}"
+
+
+def show(found: dict[str, Line]) -> None:
+    """Print the table."""
+    table = Table(box=box.SIMPLE_HEAD, title="medians; ratios above 1 are in our favour")
+    for index, name in enumerate(HEAD):
+        table.add_column(name, justify="left" if index < 2 else "right")
+    for line in found.values():
+        style = {True: "green", False: "red", None: None}[line.reached]
+        table.add_row(*cells(line), style=style)
+    Console(width=150).print(table)
+
+
+def markdown(found: dict[str, Line]) -> str:
+    """The table for docs/performance.md."""
+    rows = [HEAD, ("---", "---", *["---:"] * (len(HEAD) - 2)), *map(cells, found.values())]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def save(path: Path, facts: dict[str, Any], found: dict[str, Line], samples: Sequence[Sample]) -> None:
+    """Everything, for machines."""
+    document = {
+        "machine": facts,
+        "rows": {name: line._asdict() | {"row": line.row._asdict()} for name, line in found.items()},
+        "samples": [sample._asdict() for sample in samples],
+    }
+    for row in document["rows"].values():
+        for side in ("qemu", "ours", "limit"):
+            row[side] = None if row[side] is None else row[side]._asdict()
+    path.write_text(json.dumps(document, indent=1) + "\n")

@@ -1,0 +1,33 @@
+"""How much work a run does: a full run, a quick one, and one that only shows that the code runs."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from tcmu_replication.units import GiB, KiB, MiB
+
+
+class Scale(NamedTuple):
+    """Lengths in bytes; `small` and `large` are changes before the pauses that are compared."""
+
+    rounds: int
+    disk: int
+    random: int
+    sequential: int
+    changes: int
+    small: int
+    large: int
+    half: int
+    starts: int
+    ring: int
+
+
+FULL = Scale(
+    rounds=5, disk=2 * GiB, random=128 * MiB, sequential=1 * GiB, changes=1 * GiB,
+    small=16 * MiB, large=4 * GiB, half=512 * MiB, starts=5, ring=64 * MiB,
+)  # fmt: skip
+QUICK = FULL._replace(rounds=2, random=64 * MiB, sequential=512 * MiB, large=1 * GiB, starts=2, ring=32 * MiB)
+TINY = Scale(
+    rounds=1, disk=8 * MiB, random=512 * KiB, sequential=4 * MiB, changes=4 * MiB,
+    small=1 * MiB, large=6 * MiB, half=2 * MiB, starts=1, ring=1 * MiB,
+)  # fmt: skip
