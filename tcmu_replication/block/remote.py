@@ -30,6 +30,7 @@ from tcmu_replication.nbd.connect import connect
 from tcmu_replication.nbd.handshake_client import Agreement
 from tcmu_replication.nbd.protocol import Command, CommandFlag, TransmissionFlag
 from tcmu_replication.nbd.uri import Address
+from tcmu_replication.tls import Context
 from tcmu_replication.units import GiB
 
 FIRST_PAUSE_S = 0.1
@@ -64,7 +65,7 @@ class Remote(Node):
     options, 0 by default: no waiting, one attempt. `timeout` bounds an attempt to
     connect and how long the server may leave a request unanswered. `verify` is
     awaited, within `timeout`, before each connection counts; it raises Error to refuse it.
-    `on_state(state, reason)` hears of every change.
+    `on_state(state, reason)` hears of every change. With `tls` every connection is inside of it.
 
     A server without FUA gets a flush behind the write; without write-zeroes,
     zeroes; without trim, discards end at once without effect; without flush,
@@ -84,6 +85,7 @@ class Remote(Node):
         open_timeout: float = 0.0,
         timeout: float = 10.0,
         max_in_flight: int = 256,
+        tls: Context | None = None,
         verify: Callable[[], Awaitable[None]] | None = None,
         on_state: Callable[[State, str], None] | None = None,
     ) -> None:
@@ -96,6 +98,7 @@ class Remote(Node):
         self._reconnect_delay_s = reconnect_delay
         self._open_timeout_s = open_timeout
         self._timeout_s = timeout
+        self._tls = tls
         self._verify = verify
         self._on_state = on_state
         self._agreement: Agreement | None = None
@@ -174,7 +177,7 @@ class Remote(Node):
     async def _connect(self) -> None:
         """Make a connection, check it, and go on with it."""
         sock, agreement, received = await connect(
-            self.address, self.export, timeout_s=self._timeout_s
+            self.address, self.export, timeout_s=self._timeout_s, tls=self._tls
         )
         try:
             self._check(agreement)

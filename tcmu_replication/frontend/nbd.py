@@ -14,6 +14,7 @@ import ipaddress
 import logging
 import os
 import socket
+import ssl
 import stat
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from tcmu_replication.errors import Error, Kind, from_os
 from tcmu_replication.frontend.nbd_connection import Connection
 from tcmu_replication.nbd.handshake import Agreed, Offer, ServerHandshake
 from tcmu_replication.nbd.protocol import MAX_STRING, TransmissionFlag
+from tcmu_replication.nbd.tls_socket import Socket, TlsSocket, receive, send_all
+from tcmu_replication.tls import Context, sentence
 from tcmu_replication.units import MiB
 
 log = logging.getLogger(__name__)
@@ -77,7 +80,8 @@ class Export:
 
 class Server:
     """Serves exports until `close`. `allow(host)` decides on TCP clients by their address;
-    a unix socket is guarded by its file's mode, 0600.
+    a unix socket is guarded by its file's mode, 0600. With `tls` every client, on either,
+    must shake hands in TLS first.
     """
 
     def __init__(
@@ -85,6 +89,7 @@ class Server:
         exports: Iterable[Export] = (),
         *,
         allow: Callable[[str], bool] | None = None,
+        tls: Context | None = None,
         max_connections: int = MAX_CONNECTIONS,
         handshake_limit_s: float = HANDSHAKE_LIMIT_S,
     ) -> None:
@@ -93,6 +98,7 @@ class Server:
         self._handshakes: set[asyncio.Task[None]] = set()
         self._listeners: dict[socket.socket, str | None] = {}
         self._allow = allow
+        self._tls = tls
         self._max_connections = max_connections
         self._handshake_limit_s = handshake_limit_s
         self._changed = asyncio.Event()
@@ -226,11 +232,15 @@ class Server:
         self._handshakes.add(task)
         task.add_done_callback(self._handshakes.discard)
 
-    async def _shake_hands(self, sock: socket.socket, peer: str) -> None:
+    async def _shake_hands(self, plain: socket.socket, peer: str) -> None:
         """Negotiate, and hand the socket to a Connection; or close it."""
+        sock: Socket = plain
         try:
             async with asyncio.timeout(self._handshake_limit_s):
                 handshake = await self._negotiate(sock)
+                if handshake is not None and handshake.wants_tls and self._tls is not None:
+                    sock = await TlsSocket.wrap(plain, self._tls, server_side=True)
+                    handshake = await self._negotiate(sock, handshake.secured())
             if handshake is not None and handshake.agreed is not None:
                 await self._connect(sock, peer, handshake.agreed, handshake.rest)
                 return
@@ -238,6 +248,8 @@ class Server:
             log.warning("NBD client %s: no handshake in %g s; hung up", peer, self._handshake_limit_s)
         except Error as error:
             log.warning("NBD client %s: %s; hung up", peer, error)
+        except ssl.SSLError as error:
+            log.warning("NBD client %s: %s; hung up", peer, sentence(error))
         except OSError as error:
             log.info("NBD client %s left in the handshake: %s", peer, error.strerror)
         except asyncio.CancelledError:
@@ -245,21 +257,24 @@ class Server:
             raise
         sock.close()
 
-    async def _negotiate(self, sock: socket.socket) -> ServerHandshake | None:
-        """The finished handshake; None if the client hung up."""
-        loop = asyncio.get_running_loop()
-        handshake = ServerHandshake(lambda: {e.name: e.offer() for e in self._exports.values()})
-        answer = handshake.greeting()
+    async def _negotiate(
+        self, sock: Socket, secured: ServerHandshake | None = None
+    ) -> ServerHandshake | None:
+        """The finished handshake, from the greeting or what TLS has `secured`; None if the client hung up."""
+        handshake = secured or ServerHandshake(
+            lambda: {e.name: e.offer() for e in self._exports.values()}, tls=self._tls is not None
+        )
+        answer = b"" if secured else handshake.greeting()
         while True:
-            await loop.sock_sendall(sock, answer)
+            await send_all(sock, answer)
             if handshake.over:
                 return handshake
-            received = await loop.sock_recv(sock, 4096)
+            received = await receive(sock)
             if not received:
                 return None
             answer = handshake.receive(received)
 
-    async def _connect(self, sock: socket.socket, peer: str, agreed: Agreed, rest: bytes) -> None:
+    async def _connect(self, sock: Socket, peer: str, agreed: Agreed, rest: bytes) -> None:
         name = agreed.offer.name
         if not agreed.offer.flags & TransmissionFlag.CAN_MULTI_CONN:
             while old := self._clients(name):

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 from collections.abc import Callable
 
 from tcmu_replication.block.node import Extent, Node
@@ -26,6 +25,7 @@ from tcmu_replication.nbd.handshake import CONTEXT_ID
 from tcmu_replication.nbd.outbox import Outbox
 from tcmu_replication.nbd.protocol import Chunk, Command, CommandFlag, ExtentState
 from tcmu_replication.nbd.stream import Memory, Stream
+from tcmu_replication.nbd.tls_socket import Socket, events_of
 from tcmu_replication.units import KiB, MiB
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class Connection:
 
     def __init__(
         self,
-        sock: socket.socket,
+        sock: Socket,
         node: Node,
         *,
         peer: str,
@@ -79,6 +79,7 @@ class Connection:
         self._allocation = allocation
         self._ended = ended
         self._loop = asyncio.get_running_loop()
+        self._events = events_of(sock)
         self._stream = Stream(received)
         self._need = transmission.REQUEST_SIZE
         self._out = Outbox()
@@ -134,9 +135,9 @@ class Connection:
         if gone == self._writing:
             self._writing = not gone
             if gone:
-                self._loop.remove_writer(self._sock)
+                self._events.remove_writer(self._sock)
             else:
-                self._loop.add_writer(self._sock, self._writable)
+                self._events.add_writer(self._sock, self._writable)
 
     def _writable(self) -> None:
         self._send()
@@ -155,9 +156,9 @@ class Connection:
         if wanted != self._reading and not self.closed:
             self._reading = wanted
             if wanted:
-                self._loop.add_reader(self._sock, self._readable)
+                self._events.add_reader(self._sock, self._readable)
             else:
-                self._loop.remove_reader(self._sock)
+                self._events.remove_reader(self._sock)
 
     def _leave(self) -> None:
         """The client says nothing more: answer what is under way, then close."""
@@ -171,7 +172,7 @@ class Connection:
         self._set_reading(False)
         self.closed = True
         if self._writing:
-            self._loop.remove_writer(self._sock)
+            self._events.remove_writer(self._sock)
         self._sock.close()
         if not self.in_flight:
             self._ended(self)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import socket
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -23,6 +22,7 @@ from tcmu_replication.nbd.handshake_client import Agreement
 from tcmu_replication.nbd.outbox import MAX_BUFFERS, Queue, drop_first
 from tcmu_replication.nbd.protocol import Chunk, Command
 from tcmu_replication.nbd.stream import Stream
+from tcmu_replication.nbd.tls_socket import Socket, events_of
 from tcmu_replication.nbd.transmission import Reply
 
 _READ = int(Command.READ)
@@ -40,7 +40,7 @@ class Session:
 
     def __init__(
         self,
-        sock: socket.socket,
+        sock: Socket,
         agreement: Agreement,
         received: bytes,
         *,
@@ -53,6 +53,7 @@ class Session:
         self.closed = False
         self._sock = sock
         self._loop = asyncio.get_running_loop()
+        self._events = events_of(sock)
         self._stream = Stream(received)
         self._need = 1
         self._fill: deque[memoryview] = deque()
@@ -67,15 +68,15 @@ class Session:
         self._watch: asyncio.TimerHandle | None = None
         self._answered = answered
         self._lost = lost
-        self._loop.add_reader(sock, self._readable)
+        self._events.add_reader(sock, self._readable)
 
     def close(self) -> None:
         """Say goodbye if the socket takes it, and close. `calls` keeps what was unanswered. Twice is fine."""
         if self.closed:
             return
         self.closed = True
-        self._loop.remove_reader(self._sock)
-        self._loop.remove_writer(self._sock)
+        self._events.remove_reader(self._sock)
+        self._events.remove_writer(self._sock)
         if self._watch is not None:
             self._watch.cancel()
         if not self._out:
@@ -133,7 +134,7 @@ class Session:
                 else:
                     drop_first(out, sent)
         except (BlockingIOError, InterruptedError):
-            self._loop.add_writer(self._sock, self._writable)
+            self._events.add_writer(self._sock, self._writable)
         except OSError as error:
             self._loop.call_soon(self._lose, Error(Kind.PEER_LOST, f"send: {error.strerror}"))
         self._sent_at = self._loop.time()
@@ -142,7 +143,7 @@ class Session:
             batches.popleft().sent_at = self._sent_at
 
     def _writable(self) -> None:
-        self._loop.remove_writer(self._sock)
+        self._events.remove_writer(self._sock)
         self._flush()
 
     def _check(self) -> None:

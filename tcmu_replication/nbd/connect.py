@@ -1,35 +1,43 @@
-"""Connect to an NBD server and shake hands."""
+"""Connect to an NBD server and shake hands, inside of TLS where that is wanted."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 
 from tcmu_replication.errors import Error, Kind
 from tcmu_replication.nbd.handshake_client import Agreement, ClientHandshake
+from tcmu_replication.nbd.tls_socket import Socket, TlsSocket, receive, send_all
 from tcmu_replication.nbd.uri import Address, Unix
+from tcmu_replication.tls import Context, sentence
 
 
 async def connect(
-    address: Address, export: str, *, timeout_s: float
-) -> tuple[socket.socket, Agreement, bytes]:
+    address: Address, export: str, *, timeout_s: float, tls: Context | None = None
+) -> tuple[Socket, Agreement, bytes]:
     """A connected socket, what was agreed on, and bytes that came behind it, within `timeout_s`.
 
-    Raises Error PEER_LOST (no connection, or it ended in the handshake), PEER_LIED
-    (no NBD server), NOT_FOUND (no such export), PERMISSION, UNSUPPORTED.
+    With `tls` there is no connection without. Raises Error PEER_LOST (no connection, or it
+    ended in the handshake), PEER_LIED (no NBD server), NOT_FOUND (no such export), PERMISSION
+    (policy, certificates), UNSUPPORTED.
     """
-    loop = asyncio.get_running_loop()
-    sock: socket.socket | None = None
+    sock: Socket | None = None
     try:
         async with asyncio.timeout(timeout_s):
-            sock = await _open_socket(address, timeout_s)
-            handshake = ClientHandshake(export)
+            sock = plain = await _open_socket(address, timeout_s)
+            handshake = ClientHandshake(export, tls=tls is not None)
             while handshake.agreed is None:
-                received = await loop.sock_recv(sock, 4096)
+                received = await receive(sock)
                 if not received:
                     raise Error(Kind.PEER_LOST, "hung up in the handshake")
-                if answer := handshake.receive(received):
-                    await loop.sock_sendall(sock, answer)
+                answer = handshake.receive(received)
+                if handshake.wants_tls:
+                    assert tls is not None
+                    sock = await TlsSocket.wrap(plain, tls, server_side=False)
+                    answer = handshake.secured()
+                if answer:
+                    await send_all(sock, answer)
             return sock, handshake.agreed, handshake.rest
     except BaseException as error:
         if sock is not None:
@@ -37,6 +45,8 @@ async def connect(
         who = f"NBD server {address}"
         if isinstance(error, TimeoutError):
             raise Error(Kind.PEER_LOST, f"{who}: no answer in {timeout_s:g} s") from error
+        if isinstance(error, ssl.SSLError):  # with TLS 1.3 a server refuses only now
+            raise Error(Kind.PERMISSION, f"{who}: {sentence(error)}") from error
         if isinstance(error, OSError):
             raise Error(Kind.PEER_LOST, f"{who}: {error.strerror or error}") from error
         if isinstance(error, Error):

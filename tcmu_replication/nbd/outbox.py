@@ -11,10 +11,10 @@ ready, in whatever order that is.
 from __future__ import annotations
 
 import itertools
-import socket
 from collections import deque
 
 from tcmu_replication.nbd.stream import CAPACITY, KEEP, Memory, capacity_for
+from tcmu_replication.nbd.tls_socket import Socket
 
 MAX_BUFFERS = 1024
 """Buffers in one sendmsg (UIO_MAXIOV of Linux)."""
@@ -73,7 +73,7 @@ class Outbox:
             self._queue.append(self.memory.view[self._run : self._laid])
             self._run = self._laid
 
-    def send(self, sock: socket.socket) -> bool:
+    def send(self, sock: Socket) -> bool:
         """Send what is ready; True if all of it is gone. Raises OSError if the connection is."""
         self._close_run()
         queue = self._queue

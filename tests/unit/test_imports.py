@@ -67,7 +67,7 @@ def test_imports_go_down(module, path):
     mine = folder(module)
     if mine not in MAY:
         return
-    allowed = {mine, "errors", "units", "__version__", *MAY[mine]}
+    allowed = {mine, "errors", "units", "tls", "__version__", *MAY[mine]}
     for name in imports(path):
         if name.startswith(PACKAGE + "."):
             theirs = folder(name.removeprefix(PACKAGE + "."))
@@ -85,6 +85,12 @@ def pure_modules():
 def test_pure_modules_do_no_io(module, path):
     used = {name.split(".")[0] for name in imports(path)} & NO_IO
     assert not used, f"{module} understands bytes and must not import {sorted(used)}"
+
+
+def test_tls_imports_errors_only():
+    ours = [name for name in imports(ROOT / PACKAGE / "tls.py") if name.startswith(PACKAGE)]
+    assert folder(ours[0].removeprefix(PACKAGE + ".")) == "errors"
+    assert len({name.split(".")[1] for name in ours}) == 1
 
 
 @pytest.mark.parametrize("name", ["errors", "units"])
