@@ -141,7 +141,7 @@ def _union(active: Overlay, hidden: Overlay) -> Iterator[tuple[int, int, bool]]:
     allocated behind the iterator do not disturb it.
     """
     offset = 0
-    while True:
+    while offset < active.length:  # which may lie inside the last block
         upper = next(active.allocated_runs(offset), None)
         lower = next(hidden.allocated_runs(offset), None)
         if upper is None and lower is None:

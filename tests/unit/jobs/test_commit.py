@@ -151,3 +151,15 @@ def test_block_written_all_the_time_does_not_keep_the_commit_from_ending(tmp_pat
         assert set(chain.disk.data[:BLOCK]) == {last}
 
     asyncio.run(story())
+
+
+def test_commit_of_the_last_block_that_the_disk_ends_inside(tmp_path):
+    async def story():
+        disk = Memory(LENGTH)
+        chain = Switch(tmp_path, disk)
+        chain.active.write(LENGTH - 512, [memoryview(b"\7" * 512)])
+        job, _, _ = chain.commit()
+        await job.run()
+        assert bytes(disk.data[-513:]) == b"\0" + b"\7" * 512
+
+    asyncio.run(story())
