@@ -100,6 +100,7 @@ class Primary:
         self.mirror = Mirror("mirror", disk, report=self._report, may_detach=self._may_detach)
         self.top = Gate(self.mirror)
         self.out_of_sync: AllocationMap | None = None
+        self._opened = False
         self._lock = asyncio.Lock()
         self.manifest = Manifest(name, Mode.PRIMARY, Stage.NONE, disk.length)
 
@@ -133,26 +134,34 @@ class Primary:
     async def open(self) -> None:
         """Take up what the manifest says. Raises `Error`, with nothing changed."""
         found = manifests.load(self._directory)
-        if found is not None and found.mode is not Mode.PRIMARY:
-            if found.stage not in (Stage.NONE, Stage.DONE):
-                raise Error(
-                    Kind.BAD_CONFIG,
-                    f"this host is a secondary of {self.name} in stage {found.stage.value}, but the resource file "
-                    "makes it the primary; fail over or stop before the roles are changed",
-                )
-            found = None
-        if found is None:
-            return
+        if found is not None:
+            found = self._check(found)
+        if found is not None:
+            self.manifest = found
+            self.machine = Machine(Mode.PRIMARY, found.stage, found.error)
+            if found.stage is Stage.RUNNING:
+                self._resume(found)
+        self._opened = True
+
+    def _check(self, found: Manifest) -> Manifest | None:
         if found.resource != self.name or found.length != self.disk.length:
             raise Error(
                 Kind.BAD_CONFIG,
                 f"{self._directory} belongs to resource {found.resource!r} of {found.length} bytes, not to "
                 f"{self.name!r} of {self.disk.length} bytes; give each resource an overlay directory of its own",
             )
-        self.manifest = found
-        self.machine = Machine(Mode.PRIMARY, found.stage, found.error)
-        if found.stage is not Stage.RUNNING:
-            return
+        if found.mode is Mode.PRIMARY:
+            return found
+        if found.stage not in (Stage.NONE, Stage.DONE):
+            raise Error(
+                Kind.BAD_CONFIG,
+                f"this host is a secondary of {self.name} in stage {found.stage.value}, but the resource file "
+                "makes it the primary; fail over or stop before the roles are changed",
+            )
+        return None
+
+    def _resume(self, found: Manifest) -> None:
+        """Go on as a running primary after a restart of this process or of this host."""
         self._open_map()
         boot = manifests.boot_id()
         if found.boot != boot and not found.clean:
@@ -170,7 +179,9 @@ class Primary:
     async def close(self) -> None:
         """End the process's part; a running primary is taken up again at the next open."""
         async with self._lock:
-            if self.machine.ask(Operation.CLOSE) is Action.SUSPEND:
+            suspend = self._opened and self.machine.ask(Operation.CLOSE) is Action.SUSPEND
+            self._opened = False
+            if suspend:
                 try:
                     flushed = self.mirror.flush()
                     self.mirror.unplug()

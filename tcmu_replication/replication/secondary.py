@@ -89,6 +89,7 @@ class Secondary:
         self._commit: Commit | None = None
         self._commit_task: asyncio.Task[None] | None = None
         self._sweeper: asyncio.Task[None] | None = None
+        self._opened = False
         self._lock = asyncio.Lock()
         self.manifest = Manifest(name, Mode.SECONDARY, Stage.NONE, disk.length)
 
@@ -132,19 +133,33 @@ class Secondary:
         if found is not None:
             found = self._check(found)
         self._epochs.sweep(None if found is None or found.stage is Stage.DONE else found.epoch)
-        if found is None:
-            return
+        if found is not None and found.stage is not Stage.NONE:
+            await self._resume(found)
+        self._opened = True
+
+    async def _resume(self, found: Manifest) -> None:
         self.manifest = found
-        self.machine = Machine(Mode.SECONDARY, found.stage, found.error)
         if found.stage is Stage.DONE:
+            self.machine = Machine(Mode.SECONDARY, found.stage, found.error)
             self.filter.reads = self.filter.writes = self.disk
-        elif found.stage is not Stage.NONE:
-            self._pair = self._epochs.open(found.epoch)
+            return
+        pair = self._epochs.open(found.epoch)
+        try:
             if found.stage is Stage.RUNNING:
-                await self._take_up(found)
+                error = self._after_restart(found)
+                self.machine = Machine(Mode.SECONDARY, Stage.RUNNING, error)
+                self._save(boot=manifests.boot_id(), clean=False, error=error)
+                self._pair = pair
+                await self._activate(pair)
             else:
+                # A commit that failed is tried again: the disk may have been mended meanwhile.
                 self.machine = Machine(Mode.SECONDARY, Stage.FAILOVER, found.error)
+                self._pair = pair
                 self._start_commit()
+        except Error:
+            self._pair = None
+            pair.close()
+            raise
 
     def _check(self, found: Manifest) -> Manifest | None:
         if found.resource != self.name or found.length != self.disk.length:
@@ -163,27 +178,24 @@ class Secondary:
             )
         return None
 
-    async def _take_up(self, found: Manifest) -> None:
-        """Go on as a running secondary after a restart of this process or of this host."""
-        assert self._pair is not None
-        boot = manifests.boot_id()
-        if found.boot != boot and not found.clean:
-            reason = "this host went down without a clean stop: forwarded writes since the last flush may be missing"
-            if not self._durable:
-                self._pair.close()
-                raise Error(
-                    Kind.INVALID_STATE,
-                    f"{reason}, and with durable = false the checkpoint may be torn. The disk was not touched; "
-                    f"copy the primary's disk, move {self._directory} away and start again",
-                )
-            self.machine.record(reason)
-        self._save(boot=boot, clean=False, error=self.machine.error)
-        await self._activate(self._pair)
+    def _after_restart(self, found: Manifest) -> str | None:
+        """The error to go on with: this process may have died, or the host have lost its page cache."""
+        if found.boot == manifests.boot_id() or found.clean:
+            return found.error
+        reason = "this host went down without a clean stop: forwarded writes since the last flush may be missing"
+        if not self._durable:
+            raise Error(
+                Kind.INVALID_STATE,
+                f"{reason}, and with durable = false the checkpoint may be torn. The disk was not touched; "
+                f"copy the primary's disk, move {self._directory} away and start again",
+            )
+        return found.error or reason
 
     async def close(self) -> None:
         """End the process's part; a running secondary is taken up again at the next open."""
         async with self._lock:
-            suspend = self.machine.ask(Operation.CLOSE) is Action.SUSPEND
+            suspend = self._opened and self.machine.ask(Operation.CLOSE) is Action.SUSPEND
+            self._opened = False
             await self._end_tasks()
             if self._export is not None:
                 await self._withdraw()

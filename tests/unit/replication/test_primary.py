@@ -482,3 +482,17 @@ def test_roles_changed_under_a_running_secondary_are_refused(site):
             await site.make().open()
 
     run(site, story)
+
+
+def test_open_that_fails_does_not_mark_the_disks_clean(site):
+    async def story():
+        await site.engine.start(Mode.PRIMARY)
+        site.engine.out_of_sync.close()
+        (site.state / "out-of-sync.map").write_bytes(b"torn")
+        other = site.make()
+        with pytest.raises(Error, match="no map"):
+            await other.open()
+        await other.close()
+        assert not manifests.load(site.state).clean
+
+    run(site, story)
