@@ -264,8 +264,11 @@ class Primary:
 
         Raises `Error(CONFLICT)` if not. The remote node asks this at every connect.
         """
-        if self.stage is not Stage.RUNNING:
-            return
+        if self.stage is Stage.RUNNING:
+            await self._ours()
+
+    async def _ours(self) -> PeerState:
+        """The state of the secondary, if it is the one that we started with and misses nothing."""
         state = await self._peer.hello()
         if state.stage is not Stage.RUNNING or state.generation != self.manifest.generation:
             raise Error(
@@ -275,6 +278,7 @@ class Primary:
             )
         if state.error is not None:
             raise Error(Kind.CONFLICT, f"the secondary of {self.name} may miss writes: {state.error}")
+        return state
 
     async def _probe(self, remote: Remote) -> None:
         """Compare parts of both disks. Raises `Error(MISCOMPARE)` at the first difference."""
@@ -305,14 +309,16 @@ class Primary:
             if self.machine.ask(Operation.CHECKPOINT) is Action.IGNORE:
                 return None
             self._refuse_gap()
-            await self._peer.prepare(self.epoch)
+            # Ours may be behind: a checkpoint whose answer was lost has moved the secondary alone.
+            epoch = (await self._ours()).epoch
+            await self._peer.prepare(epoch)
             began = time.monotonic()
             self.top.hold()
             try:
                 self.top.unplug()
                 await settle(self.top.drained())
                 self._refuse_gap()
-                state = await self._peer.checkpoint(self.epoch)
+                state = await self._peer.checkpoint(epoch)
                 pause = (time.monotonic() - began) * 1000
             finally:
                 self.top.release()

@@ -203,7 +203,7 @@ def test_checkpoint_prepares_holds_and_moves_the_epoch(site):
     async def story():
         await site.engine.start(Mode.PRIMARY)
         assert await site.engine.checkpoint() >= 0
-        assert site.calls[-2:] == ["prepare 1", "checkpoint 1"]
+        assert site.calls[-3:] == ["hello", "prepare 1", "checkpoint 1"]
         assert site.engine.epoch == 2
         assert manifests.load(site.state).epoch == 2
         assert not site.engine.top.held
@@ -245,6 +245,29 @@ def test_checkpoint_without_an_answer_lets_writes_go_on(site):
         await site.write(0, 3)
         assert site.byte(0) == (3, 3)
         assert site.engine.epoch == 1
+
+    run(site, story)
+
+
+def test_checkpoint_after_one_whose_answer_was_lost_ends_the_epoch_that_is(site):
+    async def story():
+        await site.engine.start(Mode.PRIMARY)
+        site.peer = site.peer._replace(epoch=2)
+        await site.engine.checkpoint()
+        assert site.calls[-1] == "checkpoint 2"
+        assert site.engine.epoch == 3
+
+    run(site, story)
+
+
+def test_checkpoint_of_a_secondary_that_is_not_ours_is_refused(site):
+    async def story():
+        await site.engine.start(Mode.PRIMARY)
+        site.peer = site.peer._replace(generation="other")
+        with pytest.raises(Error, match="not ours any more"):
+            await site.engine.checkpoint()
+        assert "prepare 1" not in site.calls
+        assert not site.engine.top.held
 
     run(site, story)
 
