@@ -2,7 +2,7 @@
 
     with SIDES[name].pair(directory, length) as pair:
         pair.secondary.start()
-        fio.run(pair.secondary.forwarded, load, pair.secondary.pids)
+        loads.fio(pair.secondary.forwarded, load, pair.secondary.pids)
 
 Forwarded writes reach both over TCP on loopback; the LUN of a host is on a
 unix socket. QEMU's NBD server has one address, so it is asked for one or the other.

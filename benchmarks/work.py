@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from benchmarks import fio, images, machine, pauses, sides
-from benchmarks.fio import Load
+from benchmarks import images, loads, machine, pauses, sides
+from benchmarks.loads import Load
 from benchmarks.rows import Sample
 from benchmarks.scale import Scale
 from tcmu_replication.units import GiB, KiB, MiB, TiB
@@ -22,10 +22,10 @@ def forwarded(side: str, directory: Path, scale: Scale, turn: int) -> Iterator[S
     random = Load("randwrite", SMALL, DEPTH_SMALL, scale.disk, scale.random, seed=turn + 1)
     with sides.SECONDARY[side](directory, scale.disk, tcp=True) as host:
         for row in ("forwarded-4k-first", "forwarded-4k-saved"):
-            found = fio.run(host.forwarded, random, host.pids)
+            found = loads.lean(host.forwarded, random, host.pids)
             yield Sample(row, side, found.iops, found.cpu_us)
         host.checkpoint()
-        found = fio.run(
+        found = loads.fio(
             host.forwarded, Load("write", LARGE, DEPTH_LARGE, scale.disk, scale.sequential), host.pids
         )
         yield Sample("forwarded-1m-first", side, found.mib_s, found.cpu_us)
@@ -36,15 +36,15 @@ def lun(side: str, directory: Path, scale: Scale, turn: int) -> Iterator[Sample]
     random = Load("randwrite", SMALL, DEPTH_SMALL, scale.disk, scale.random, seed=turn + 1)
     large = Load("write", LARGE, DEPTH_LARGE, scale.disk, scale.sequential)
     with sides.SECONDARY[side](directory, scale.disk, tcp=False) as host:
-        fio.run(host.forwarded, random._replace(seed=1000 + turn), host.pids)
-        found = fio.run(host.lun, random, host.pids)
+        loads.fio(host.forwarded, random._replace(seed=1000 + turn), host.pids)
+        found = loads.lean(host.lun, random, host.pids)
         yield Sample("lun-4k-write", side, found.iops, found.cpu_us)
-        found = fio.run(host.lun, random._replace(rw="randread", seed=2000 + turn), host.pids)
+        found = loads.lean(host.lun, random._replace(rw="randread", seed=2000 + turn), host.pids)
         yield Sample("lun-4k-read", side, found.iops, found.cpu_us)
         host.checkpoint()
-        found = fio.run(host.lun, large, host.pids)
+        found = loads.fio(host.lun, large, host.pids)
         yield Sample("lun-1m-write", side, found.mib_s, found.cpu_us)
-        found = fio.run(host.lun, large._replace(rw="read"), host.pids)
+        found = loads.fio(host.lun, large._replace(rw="read"), host.pids)
         yield Sample("lun-1m-read", side, found.mib_s, found.cpu_us)
 
 
@@ -59,7 +59,7 @@ def failover(side: str, directory: Path, scale: Scale, turn: int) -> Iterator[Sa
     """From the command to the first accepted write, and the commit behind it. Half of it lies in each overlay."""
     with sides.SECONDARY[side](directory, scale.disk, tcp=False) as host:
         _change(host, scale.half, scale.disk)
-        fio.run(host.lun, Load("write", LARGE, DEPTH_LARGE, scale.disk, scale.half), host.pids, scale.half)
+        loads.fio(host.lun, Load("write", LARGE, DEPTH_LARGE, scale.disk, scale.half), host.pids, scale.half)
         with Nbd(*host.lun_address) as client:
             before = machine.cpu_of(host.pids)
             began = time.monotonic()
@@ -77,7 +77,7 @@ def primary(side: str, directory: Path, scale: Scale, turn: int) -> Iterator[Sam
     """The primary's LUN, with a secondary on the same machine. CPU is that of both."""
     random = Load("randwrite", SMALL, DEPTH_SMALL, scale.disk, scale.random, seed=turn + 1)
     with sides.PRIMARY[side](directory, scale.disk) as host:
-        found = fio.run(host.lun, random, host.pids)
+        found = loads.lean(host.lun, random, host.pids)
         yield Sample("primary-4k", side, found.iops, found.cpu_us)
 
 
@@ -113,7 +113,7 @@ def start(side: str, directory: Path, scale: Scale, turn: int) -> Iterator[Sampl
 
 def _change(host, length: int, span: int) -> None:
     """Forward `length` bytes of writes from the disk's beginning on."""
-    fio.run(host.forwarded, Load("write", LARGE, DEPTH_LARGE, span, length), host.pids)
+    loads.fio(host.forwarded, Load("write", LARGE, DEPTH_LARGE, span, length), host.pids)
 
 
 Group = Callable[[str, Path, Scale, int], Iterator[Sample]]
