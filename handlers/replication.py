@@ -8,7 +8,8 @@
                 NBD server -> gate -> copy-before-write -> file
 
 Beside the LUN it offers the commands of the control socket, and on a secondary
-the two TCP ports that only the primary's address may open.
+the two TCP ports that only the primary's address may open, with TLS only its
+certificate. Where the peer is QEMU there is no control port.
 """
 
 from __future__ import annotations
@@ -30,18 +31,20 @@ from tcmu_replication.control import schema
 from tcmu_replication.control.server import Server as ControlServer
 from tcmu_replication.control.session import Session
 from tcmu_replication.daemon import config as resources
-from tcmu_replication.daemon.config import Resource
+from tcmu_replication.daemon.config import QemuHost, Resource
 from tcmu_replication.daemon.handler import Backstore, Context, Handler
-from tcmu_replication.daemon.host_check import check_host
+from tcmu_replication.daemon.host_check import check_certificates, check_host
 from tcmu_replication.errors import Error, Kind
 from tcmu_replication.frontend.nbd import Export
 from tcmu_replication.frontend.nbd import Server as NbdServer
-from tcmu_replication.nbd.uri import Tcp
+from tcmu_replication.nbd.uri import Tcp, Unix
 from tcmu_replication.replication.epochs import Epochs
 from tcmu_replication.replication.peer import ControlPeer
-from tcmu_replication.replication.primary import Primary
+from tcmu_replication.replication.primary import Peer, Primary
+from tcmu_replication.replication.qemu_peer import QemuPeer
 from tcmu_replication.replication.secondary import Secondary
 from tcmu_replication.replication.stages import Stage
+from tcmu_replication.tls import Context as Tls
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +72,16 @@ class ReplicationHandler(Handler):
             offload.close()
             raise
         side: type[PairBackstore] = PrimaryBackstore if mine.mode == "primary" else SecondaryBackstore
-        backstore = side(resource, context.host, disk, offload)
+        try:
+            backstore = side(resource, context.host, disk, offload)
+        except Error:
+            disk.close()
+            offload.close()
+            raise
+        try:
+            check_certificates(resource, context.host)
+        except Error as error:
+            log.warning("%s: %s", resource.name, error)
         try:
             await backstore.engine.open()
         except Error:
@@ -109,8 +121,10 @@ class PairBackstore(Backstore):
         self._control = control
         if self.resource.nbd is None:
             return
-        self._lun_server = NbdServer([Export(self.resource.name, self.top, "the LUN")])
         listen = self.resource.nbd.listen
+        # A unix socket is guarded by its mode; over TCP everybody whom the CA has signed may come.
+        tls = None if listen.unix is not None else self._tls(server_side=True)
+        self._lun_server = NbdServer([Export(self.resource.name, self.top, "the LUN")], tls=tls)
         if listen.unix is not None:
             await self._lun_server.listen_unix(str(listen.unix))
         else:
@@ -125,6 +139,15 @@ class PairBackstore(Backstore):
         finally:
             self.disk.close()
             self._offload.close()
+
+    def _tls(
+        self, *names: str, server_side: bool, refused: Callable[[str], None] | None = None
+    ) -> Tls | None:
+        """TLS with who has one of `names`, or None where the file has no [tls]. Raises BAD_CONFIG."""
+        tls = self.resource.tls
+        if tls is None:
+            return None
+        return Tls(tls.certificates, server_side=server_side, names=names, refused=refused)
 
     # --- commands
 
@@ -228,24 +251,32 @@ class PrimaryBackstore(PairBackstore):
     engine: Primary
 
     def __init__(self, resource: Resource, host: str, disk: File, offload: Offload) -> None:
+        self.resource = resource
         mine = resource.host(host)
         self._peer_name, theirs = resource.peer(host)
-        self._peer_address = theirs.address
         self._since = _now()
         link = resource.link
-        self._peer = ControlPeer(
-            resource.name,
-            theirs.address,
-            link.control_port,
-            local=mine.address,
-            timeout=link.timeout,
-            generation=lambda: self.engine.manifest.generation,
-        )
+        self._address = Tcp(theirs.address, link.port) if link.socket is None else Unix(link.socket)
+        self._client_tls = self._tls(self._peer_name, theirs.address, server_side=False)
+        self._control_peer: ControlPeer | None = None
+        peer: Peer
+        if isinstance(theirs, QemuHost):
+            peer = QemuPeer(theirs.qmp, resource.size, link.timeout, lambda: self.engine.epoch)
+        else:
+            peer = self._control_peer = ControlPeer(
+                resource.name,
+                theirs.address,
+                link.control_port,
+                local=mine.address,
+                timeout=link.timeout,
+                generation=lambda: self.engine.manifest.generation,
+                tls=self._client_tls,
+            )
         engine = Primary(
             resource.name,
             disk,
             self._connect,
-            self._peer,
+            peer,
             Path(mine.overlays),
             detach=resource.on_local_error == "detach",
         )
@@ -256,11 +287,12 @@ class PrimaryBackstore(PairBackstore):
         link = self.resource.link
         return Remote(
             "remote",
-            Tcp(self._peer_address, link.port),
+            self._address,
             self.resource.name,
             length=self.resource.size,
             reconnect_delay=link.reconnect_delay,
             timeout=link.timeout,
+            tls=self._client_tls,
             verify=verify,
             on_state=self._link_changed,
         )
@@ -281,7 +313,8 @@ class PrimaryBackstore(PairBackstore):
     async def close(self) -> None:
         """See `Backstore.close`."""
         await super().close()
-        self._peer.close()
+        if self._control_peer is not None:
+            self._control_peer.close()
 
     def _link(self) -> schema.Link:
         remote = self.engine.remote
@@ -306,11 +339,17 @@ class SecondaryBackstore(PairBackstore):
     engine: Secondary
 
     def __init__(self, resource: Resource, host: str, disk: File, offload: Offload) -> None:
+        self.resource = resource
         mine = resource.host(host)
         self._mine = mine
         self._peer_name, self._theirs = resource.peer(host)
         allowed = ipaddress.ip_address(self._theirs.address)
-        self._server = NbdServer(allow=lambda address: ipaddress.ip_address(address) == allowed)
+        names = self._peer_name, self._theirs.address
+        self._control_tls = self._tls(*names, server_side=True, refused=self._refused)
+        self._server = NbdServer(
+            allow=lambda address: ipaddress.ip_address(address) == allowed,
+            tls=self._tls(*names, server_side=True),
+        )
         engine = Secondary(
             resource.name,
             disk,
@@ -338,8 +377,17 @@ class SecondaryBackstore(PairBackstore):
         """See `Backstore.listen`: the two ports for the primary."""
         await super().listen(control)
         link = self.resource.link
-        await self._server.listen_tcp(self._mine.address, link.port)
-        await control.listen_tcp(self._mine.address, link.control_port, self._theirs.address)
+        if link.socket is None:
+            await self._server.listen_tcp(self._mine.address, link.port)
+        else:
+            await self._server.listen_unix(link.socket)
+        if not self._theirs.qemu:
+            await control.listen_tcp(
+                self._mine.address, link.control_port, self._theirs.address, self._control_tls
+            )
+
+    def _refused(self, why: str) -> None:
+        log.warning("%s: a client of the control port was refused: %s", self.resource.name, why)
 
     async def close(self) -> None:
         """See `Backstore.close`."""

@@ -10,7 +10,7 @@ import click
 
 from tcmu_replication.cli import exits
 from tcmu_replication.daemon import config
-from tcmu_replication.daemon.host_check import check_host
+from tcmu_replication.daemon.host_check import check_certificates, check_host
 from tcmu_replication.errors import Error
 
 
@@ -24,8 +24,9 @@ def run(files: Sequence[Path] | None, directory: Path, host: str) -> None:
     for path in paths:
         try:
             resource = config.load(path)
-            if host in resource.hosts or files is not None:
+            if resource.is_served_on(host) or files is not None:
                 check_host(resource, host, others.values())
+                check_certificates(resource, host)
                 click.echo(f"{path}: good, {resource.host(host).mode} on {host}")
             else:
                 click.echo(f"{path}: good, and {host} has no part in it")

@@ -38,7 +38,7 @@ def names_of(context: Context) -> list[str]:
     from tcmu_replication.daemon import config
 
     resources, errors = config.load_all(context.config_directory)
-    mine = [name for name, resource in resources.items() if context.host in resource.hosts]
+    mine = [name for name, resource in resources.items() if resource.is_served_on(context.host)]
     return sorted([*mine, *errors])
 
 

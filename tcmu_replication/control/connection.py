@@ -8,12 +8,14 @@ peer.lost.add_done_callback(...)      # a future that ends with the connection; 
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tcmu_replication.control import framing
 from tcmu_replication.errors import Error, Kind
+from tcmu_replication.tls import sentence
 
 
 class Connection(asyncio.Protocol):
@@ -32,15 +34,21 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
 
     @classmethod
-    async def tcp(cls, host: str, port: int, *, local: str | None, timeout: float) -> Connection:
+    async def tcp(
+        cls, host: str, port: int, *, local: str | None, timeout: float, tls: ssl.SSLContext | None = None
+    ) -> Connection:
         """Connect and negotiate within `timeout` seconds, from the address `local` (the peer checks it).
 
-        Raises PEER_LOST or TIMED_OUT.
+        Raises PEER_LOST, TIMED_OUT or, if one end does not accept the other's certificate, PERMISSION.
         """
         source = (local, 0) if local else None
         loop = asyncio.get_running_loop()
         return await _open(
-            loop.create_connection(cls, host, port, local_addr=source), f"{host}:{port}", timeout
+            loop.create_connection(
+                cls, host, port, local_addr=source, ssl=tls, server_hostname=None if tls is None else ""
+            ),
+            f"{host}:{port}",
+            timeout,
         )
 
     @classmethod
@@ -87,7 +95,10 @@ class Connection(asyncio.Protocol):
             self._end(f"the peer broke the protocol: {error}")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._end(str(exc) if exc else "the peer closed it")
+        if isinstance(exc, ssl.SSLError):  # with TLS 1.3 a server refuses only after the handshake
+            self._end(sentence(exc), Kind.PERMISSION)
+        else:
+            self._end(str(exc) if exc else "the peer closed it")
 
     def _message(self, message: dict[str, Any]) -> None:
         if "QMP" in message:
@@ -102,11 +113,11 @@ class Connection(asyncio.Protocol):
         else:
             reply.set_exception(framing.error_of(message.get("error")))
 
-    def _end(self, reason: str) -> None:
+    def _end(self, reason: str, kind: Kind = Kind.PEER_LOST) -> None:
         if self.lost.done():
             return
         self.lost.set_result(reason)
-        lost = Error(Kind.PEER_LOST, f"the control connection ended: {reason}")
+        lost = Error(kind, f"the control connection ended: {reason}")
         if not self._greeted.done():
             self._greeted.set_exception(lost)
             self._greeted.exception()  # seen: nobody may be waiting for it
@@ -130,6 +141,8 @@ async def _open(connecting: Any, where: str, timeout: float) -> Connection:
     except TimeoutError as error:
         _drop(connection)
         raise Error(Kind.TIMED_OUT, f"no control connection to {where} in {timeout:g} s") from error
+    except ssl.SSLError as error:
+        raise Error(Kind.PERMISSION, f"no control connection to {where}: {sentence(error)}") from error
     except OSError as error:
         raise Error(Kind.PEER_LOST, f"no control connection to {where}: {error}") from error
     except BaseException:

@@ -21,6 +21,7 @@ import ipaddress
 import logging
 import os
 import socket
+import ssl
 import struct
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -82,8 +83,13 @@ class Server:
         self._path = path
         self._listeners.append(await asyncio.start_unix_server(self._accept_unix, sock=listener))
 
-    async def listen_tcp(self, address: str, port: int, peer: str) -> None:
-        """Listen on `address` and take connections from the address `peer` only, for peer commands only."""
+    async def listen_tcp(
+        self, address: str, port: int, peer: str, tls: ssl.SSLContext | None = None
+    ) -> None:
+        """Listen on `address` and take connections from the address `peer` only, for peer commands only.
+
+        With `tls` the first byte is TLS's, and the context decides on the peer's certificate.
+        """
         allowed = _plain(peer)
 
         async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -98,7 +104,16 @@ class Server:
             await self._serve(reader, writer, Privilege.PEER, f"peer {name[0]}")
 
         try:
-            self._listeners.append(await asyncio.start_server(accept, address, port, reuse_address=True))
+            self._listeners.append(
+                await asyncio.start_server(
+                    accept,
+                    address,
+                    port,
+                    reuse_address=True,
+                    ssl=tls,
+                    ssl_handshake_timeout=None if tls is None else NEGOTIATION_S,
+                )
+            )
         except OSError as error:
             raise from_os(error, f"listen on {address} port {port}") from error
 

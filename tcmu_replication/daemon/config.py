@@ -65,10 +65,14 @@ class _Resource(Struct, frozen=True, forbid_unknown_fields=True, rename="kebab",
 
 
 class Link(Struct, frozen=True, forbid_unknown_fields=True, rename="kebab", kw_only=True):
-    """[link]: NBD `port`, `control_port`, and how long (seconds) a lost or silent peer is waited for."""
+    """[link]: NBD `port`, `control_port`, and how long (seconds) a lost or silent peer is waited for.
+
+    With `socket`, a path, NBD is spoken there instead of on `port`: both ends are on one machine.
+    """
 
     port: Port = 10809
     control_port: Port = 10810
+    socket: AbsolutePath | None = None
     reconnect_delay: Seconds = 10.0
     timeout: Timeout = 10.0
 
@@ -80,6 +84,25 @@ class Host(Struct, frozen=True, forbid_unknown_fields=True, rename="kebab", kw_o
     address: Address
     disk: AbsolutePath
     overlays: AbsolutePath
+    qemu: bool = False
+
+
+class QemuHost(Struct, frozen=True, forbid_unknown_fields=True, rename="kebab", kw_only=True):
+    """[host.NAME] with `qemu = true`: that end is QEMU's own replication.
+
+    It has no control channel; with `qmp`, the path of its QMP socket here, a checkpoint is given there.
+    """
+
+    mode: Mode
+    address: Address
+    qemu: bool
+    qmp: AbsolutePath | None = None
+
+
+class Tls(Struct, frozen=True, forbid_unknown_fields=True, rename="kebab", kw_only=True):
+    """[tls]: everything between the hosts is inside of TLS; `certificates` is a directory, as in docs/tls.md."""
+
+    certificates: AbsolutePath
 
 
 class Nbd(Struct, frozen=True, forbid_unknown_fields=True, rename="kebab", kw_only=True):
@@ -98,21 +121,29 @@ class Resource(_Resource, frozen=True, kw_only=True):
 
     path: Path
     link: Link = field(default_factory=Link)
-    hosts: dict[str, Host]
+    hosts: dict[str, Host | QemuHost]
     nbd: Nbd | None = None
+    tls: Tls | None = None
+
+    def is_served_on(self, name: str) -> bool:
+        """Whether it has a part on host `name` that is ours."""
+        return isinstance(self.hosts.get(name), Host)
 
     def host(self, name: str) -> Host:
-        """This resource's part on host `name`. Raises BAD_CONFIG if it has none there."""
-        if name not in self.hosts:
+        """This resource's part on host `name`. Raises BAD_CONFIG if it has none there that is ours."""
+        host = self.hosts.get(name)
+        if isinstance(host, QemuHost):
+            raise refusal(self.path, f"host.{name}.qemu", "true, so that it is QEMU that serves there", "false")
+        if host is None:
             raise refusal(
                 self.path,
                 "host",
                 " and ".join(f"[host.{known}]" for known in sorted(self.hosts)),
                 f"[host.{name}] for this host (or --host NAME if it has another name in the file)",
             )
-        return self.hosts[name]
+        return host
 
-    def peer(self, name: str) -> tuple[str, Host]:
+    def peer(self, name: str) -> tuple[str, Host | QemuHost]:
         """The name and the part of the other host than `name`."""
         self.host(name)
         return next((other, host) for other, host in self.hosts.items() if other != name)
@@ -175,22 +206,23 @@ def load(path: Path) -> Resource:
 
 def parse(document: dict[str, Any], path: Path) -> Resource:
     """Check a document as tomllib returns it; `path` is for the messages and for the name."""
-    _refuse_unknown(document, ("resource", "link", "host", "nbd"), "", path)
+    _refuse_unknown(document, ("resource", "link", "host", "nbd", "tls"), "", path)
     if "resource" not in document:
         raise refusal(path, "[resource]", "nothing", "a table with at least name and size")
     resource = _table(_Resource, document["resource"], "resource", path)
     link = _table(Link, document.get("link", {}), "link", path)
     nbd = _table(Nbd, document["nbd"], "nbd", path) if "nbd" in document else None
+    tls = _table(Tls, document["tls"], "tls", path) if "tls" in document else None
     hosts = _hosts(document.get("host"), path)
     _check_whole(resource, link, path)
-    return Resource(**msgspec.structs.asdict(resource), path=path, link=link, hosts=hosts, nbd=nbd)
+    return Resource(**msgspec.structs.asdict(resource), path=path, link=link, hosts=hosts, nbd=nbd, tls=tls)
 
 
-def _hosts(found: Any, path: Path) -> dict[str, Host]:
+def _hosts(found: Any, path: Path) -> dict[str, Host | QemuHost]:
     expected = "two tables [host.NAME], one with mode primary and one with mode secondary"
     if not isinstance(found, dict):
         raise refusal(path, "host", "nothing" if found is None else _show(found), expected)
-    hosts = {name: _table(Host, table, f"host.{name}", path) for name, table in found.items()}
+    hosts = {name: _host(table, f"host.{name}", path) for name, table in found.items()}
     modes = sorted(host.mode for host in hosts.values())
     if modes != ["primary", "secondary"]:
         listed = ", ".join(f"{name} ({host.mode})" for name, host in hosts.items()) or "nothing"
@@ -200,7 +232,15 @@ def _hosts(found: Any, path: Path) -> dict[str, Host]:
         raise refusal(
             path, f"host.{second[0]}.address", f"{second[1].address}, which is {first[0]}'s", "one of its own"
         )
+    if first[1].qemu and second[1].qemu:
+        raise refusal(path, f"host.{second[0]}.qemu", "true on both hosts", "one host without QEMU")
     return hosts
+
+
+def _host(found: Any, where: str, path: Path) -> Host | QemuHost:
+    qemu = isinstance(found, dict) and found.get("qemu") is True
+    host: Host | QemuHost = _table(QemuHost if qemu else Host, found, where, path)
+    return host
 
 
 def _check_whole(resource: _Resource, link: Link, path: Path) -> None:

@@ -7,7 +7,7 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
-from tcmu_replication import units
+from tcmu_replication import tls, units
 from tcmu_replication.daemon.config import Resource, refusal
 
 LEAST_FREE = 1 * units.MiB
@@ -25,8 +25,17 @@ def check_host(resource: Resource, host: str, others: Iterable[Resource] = ()) -
     _check_disk(resource, mine.disk, f"{prefix}.disk")
     _check_overlays(resource, mine.overlays, f"{prefix}.overlays")
     for other in others:
-        if other.name != resource.name and host in other.hosts:
+        if other.name != resource.name and other.is_served_on(host):
             _check_apart(resource, other, host)
+
+
+def check_certificates(resource: Resource, host: str) -> None:
+    """Raise BAD_CONFIG if TLS is wanted and the peer will not believe what `host` shows.
+
+    Apart from `check_host`: a LUN whose certificate expires is served all the same.
+    """
+    if resource.tls is not None:
+        tls.rehearse(resource.tls.certificates, [host, resource.host(host).address])
 
 
 def _check_disk(resource: Resource, disk: str, key: str) -> None:

@@ -8,6 +8,7 @@ new one; every peer command may be given twice.
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,11 +25,19 @@ class ControlPeer:
     """The secondary of resource `name` at `address`:`port`, called from our address `local`.
 
     `timeout` bounds each call, in seconds. `generation` gives the pairing that we
-    believe in, or "" before there is one.
+    believe in, or "" before there is one. With `tls` the connection is inside of it.
     """
 
     def __init__(
-        self, name: str, address: str, port: int, *, local: str, timeout: float, generation: Callable[[], str]
+        self,
+        name: str,
+        address: str,
+        port: int,
+        *,
+        local: str,
+        timeout: float,
+        generation: Callable[[], str],
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self._name = name
         self._address = address
@@ -36,6 +45,7 @@ class ControlPeer:
         self._local = local
         self._timeout = timeout
         self._generation = generation
+        self._tls = tls
         self._connection: Connection | None = None
         self._connecting = asyncio.Lock()
 
@@ -77,7 +87,7 @@ class ControlPeer:
         async with self._connecting:
             if self._connection is None or self._connection.lost.done():
                 self._connection = await Connection.tcp(
-                    self._address, self._port, local=self._local, timeout=self._timeout
+                    self._address, self._port, local=self._local, timeout=self._timeout, tls=self._tls
                 )
             return self._connection
 

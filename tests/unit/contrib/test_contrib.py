@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from msgspec.structs import fields
+from msgspec.structs import fields, replace
 
 from tcmu_replication.cli.main import cli
 from tcmu_replication.daemon import config
@@ -30,19 +30,23 @@ def test_example_names_every_key_and_its_default(tmp_path: Path) -> None:
     path = tmp_path / "disk0.toml"
     path.write_text(re.sub(r"^#(?=[a-z\[])", "", EXAMPLE.read_text(), flags=re.MULTILINE))
     plain, full = config.load(EXAMPLE), config.load(path)
-    without_default = {"path", "failover", "serial", "overlay_limit", "nbd"}
+    without_default = {"path", "failover", "serial", "overlay_limit", "nbd", "tls"}
+    assert full.link.socket
+    full = replace(full, link=replace(full.link, socket=None))
     for row in fields(config.Resource):
         if row.name in without_default:
             assert getattr(full, row.name), row.name
         else:
             assert getattr(full, row.name) == getattr(plain, row.name), row.name
     named = set(re.findall(r"^#?([a-z-]+) = ", EXAMPLE.read_text(), flags=re.MULTILINE))
-    kinds = (config.Resource, config.Link, config.Host, config.Nbd)
+    kinds = (config.Resource, config.Link, config.Host, config.Nbd, config.Tls)
     assert named == {row.encode_name for kind in kinds for row in fields(kind)} - {
         "path",
         "link",
         "hosts",
         "nbd",
+        "tls",
+        "qemu",  # the other host's, and in its comment
     }
 
 

@@ -48,6 +48,36 @@ def test_least_file_has_the_documented_defaults(tmp_path: Path) -> None:
     assert resource.peer("alpha") == ("beta", resource.hosts["beta"])
 
 
+QEMU = GOOD.replace(
+    'address = "192.0.2.2"\ndisk = "/dev/vdb"\noverlays = "/var/lib/overlays"\n',
+    'address = "192.0.2.2"\nqemu = true\n',
+)
+
+
+def test_host_of_qemu_has_a_part_that_is_not_ours(tmp_path: Path) -> None:
+    resource = config.load(write(tmp_path, QEMU + 'qmp = "/run/qmp"\n'))
+    assert resource.peer("alpha") == (
+        "beta",
+        config.QemuHost(mode="secondary", address="192.0.2.2", qemu=True, qmp="/run/qmp"),
+    )
+    assert [resource.is_served_on(host) for host in ("alpha", "beta", "gamma")] == [True, False, False]
+    with pytest.raises(Error, match="it is QEMU that serves there"):
+        resource.host("beta")
+
+
+def test_both_hosts_of_qemu_are_refused(tmp_path: Path) -> None:
+    text = QEMU.replace('disk = "/dev/vdb"\noverlays = "/var/lib/overlays"\n', "qemu = true\n")
+    with pytest.raises(Error, match=r"host\.beta\.qemu: found true on both hosts"):
+        config.load(write(tmp_path, text))
+
+
+def test_link_over_a_unix_socket_and_tls(tmp_path: Path) -> None:
+    text = GOOD.replace("port = 10809", 'socket = "/run/disk0.link"')
+    resource = config.load(write(tmp_path, text + '[tls]\ncertificates = "/etc/pki/qemu"\n'))
+    assert resource.link.socket == "/run/disk0.link"
+    assert resource.tls == config.Tls(certificates="/etc/pki/qemu")
+
+
 def test_full_file_is_read_whole(tmp_path: Path) -> None:
     text = GOOD.replace(
         'size = "256 MiB"',
@@ -140,6 +170,11 @@ WRONG = [
     ("[link]", "[nbd]\nlisten = '127.0.0.1:99999'\n[link]", "nbd.listen", ":99999", '"unix:/path'),
     ("[link]", "[nbd]\nlisten = '::1:80'\n[link]", "nbd.listen", '"::1:80"', '"unix:/path'),
     ("[link]", "[nbd]\n[link]", "nbd.listen", "nothing", '"unix:/path'),
+    ("[link]", "[tls]\n[link]", "tls.certificates", "nothing", "an absolute path"),
+    ("[link]", "[tls]\ncertificates = 'tls'\n[link]", "tls.certificates", '"tls"', "an absolute path"),
+    ("port = 10809", "socket = 'link'", "link.socket", '"link"', "an absolute path"),
+    ('mode = "primary"', 'mode = "primary"\nqemu = 1', "host.alpha.qemu", "1", "true or false"),
+    ('mode = "primary"', 'mode = "primary"\nqemu = true', "host.alpha.disk", "an unknown key", "qmp"),
     ("[link]", "[[link]]", "link", "[{'port': 10809}]", "a table [link]"),
 ]
 
