@@ -15,6 +15,7 @@ class Difference(enum.Enum):
     STOP = "stop without failover on a secondary fails"
     FAILOVER_ERRORS = "the errors of a failover are thrown away"
     COMMIT_SHOWS_AN_ERROR = "while its commit runs, status says"
+    SECONDARY_STATUS = "the secondary's status stays clean"
     TRIM_FORWARDED = "trim is not replicated"
     TRIM_OWN = "trim on the secondary's own LUN does nothing"
     GRAIN = "pre-images are saved in units of 64 KiB or more"

@@ -9,7 +9,7 @@ from tcmu_replication.replication import stages
 from tcmu_replication.replication.stages import Stage
 from tcmu_replication.units import BLOCK
 from tests.interop.differential.differences import Difference
-from tests.interop.differential.sides import EngineSide, Outcome, QemuSide, Side
+from tests.interop.differential.sides import EngineSide, Outcome, QemuSide, Side, pieces
 from tests.interop.differential.steps import (
     BAD,
     SECTOR,
@@ -58,6 +58,7 @@ class Run:
         self.met: set[Difference] = set()
         self._done: list[Step] = []
         self._mixed = False
+        self._forward_failed = False
 
     async def run(self) -> set[Difference]:
         """All steps, or up to a failed commit and what follows it."""
@@ -90,6 +91,8 @@ class Run:
         self._mixed = command is Command.STOP and stage is Stage.RUNNING
         theirs = await self.theirs.command(command)
         ours = await self.ours.command(command)
+        if command is Command.RESTART:
+            self._forward_failed = False
         if theirs != ours and not self._allowed(command, stage, theirs, ours):
             raise self._disagreement(f"QEMU says {theirs!r}, ours says {ours!r}")
 
@@ -99,6 +102,8 @@ class Run:
             return self._meet(Difference.STOP, (theirs, ours), (stages.BACKUP_GONE, None))
         if command is Command.FAILOVER and stage in (Stage.NONE, Stage.FAILOVER_FAILED):
             return self._meet(Difference.FAILOVER_ERRORS, (theirs, ours), (None, stages.NOT_RUNNING))
+        if command is Command.GET_ERROR and stage is Stage.RUNNING and self._forward_failed:
+            return self._meet(Difference.SECONDARY_STATUS, (theirs, ours), (None, stages.IO_ERROR))
         if command is Command.GET_ERROR and stage is Stage.FAILOVER:
             return self._meet(Difference.COMMIT_SHOWS_AN_ERROR, (theirs, ours), (stages.IO_ERROR, None))
         return False
@@ -113,6 +118,8 @@ class Run:
         for request, one, other in zip(step.requests, theirs, ours, strict=True):
             if one != other:
                 raise self._disagreement(f"{request}: QEMU answers {_show(one)}, ours {_show(other)}")
+            writes = request.verb in (Verb.FORWARD, Verb.FORWARD_ZERO)
+            self._forward_failed |= writes and one.errno > 0
         trims = tuple(request for request in step.requests if request.verb.trims)
         if trims:
             await self._make_equal(trims)
@@ -140,9 +147,7 @@ class Run:
         if self.theirs.stage is not self.ours.stage:
             raise self._disagreement(f"QEMU is in {self.theirs.stage}, ours in {self.ours.stage}")
         if self._mixed:
-            ours = await self.ours.top()
-            if b"".join(piece or b"" for piece in ours) != self.ours.disk():
-                raise self._disagreement("after stop our LUN is not the disk")
+            await self._compare_with_the_disk()
         else:
             await self._compare_luns()
         if self.theirs.stage is Stage.FAILOVER_FAILED:
@@ -150,6 +155,13 @@ class Run:
         elif (theirs := self.theirs.disk()) != (ours := self.ours.disk()):
             raise self._disagreement(f"the disk differs: {_where(theirs, ours)}")
         return None
+
+    async def _compare_with_the_disk(self) -> None:
+        """What our stop promises, where QEMU's LUN is a mix."""
+        disk = self.ours.disk()
+        for piece, (offset, length) in zip(await self.ours.top(), pieces(self.sequence.fault), strict=True):
+            if piece is not None and piece != disk[offset : offset + length]:
+                raise self._disagreement(f"after stop our LUN is not the disk at {offset:#x}")
 
     async def _compare_luns(self) -> None:
         theirs, ours = await self.theirs.top(), await self.ours.top()

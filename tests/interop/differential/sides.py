@@ -60,6 +60,14 @@ def pieces(fault: Fault) -> list[tuple[int, int]]:
     return [(offset, min(size, LENGTH - offset)) for offset in range(0, LENGTH, size)]
 
 
+def make_image(path: Path) -> None:
+    """The disk at the beginning: data where it may be bad (QEMU does not read what it knows to be a hole)."""
+    qemu.make_raw(path, LENGTH)
+    with path.open("r+b") as image:
+        image.seek(BAD.start)
+        image.write(bytes(range(1, 129)) * (len(BAD) // 128))
+
+
 class QemuSide:
     """QEMU's, in processes: a new pairing is a new process over the same disk."""
 
@@ -79,7 +87,7 @@ class QemuSide:
         self.stage = Stage.NONE
         self._sequence = sequence
         self._image = directory / "disk.img"
-        qemu.make_raw(self._image, LENGTH)
+        make_image(self._image)
         self._stack = contextlib.ExitStack()
         self._open()
 
@@ -199,7 +207,7 @@ class EngineSide:
     def __init__(self, directory: Path, sequence: steps.Sequence) -> None:
         self._sequence = sequence
         self._image = directory / "disk.img"
-        qemu.make_raw(self._image, LENGTH)
+        make_image(self._image)
         self._overlays = directory / "overlays"
         self._overlays.mkdir()
         self._offload = Offload()

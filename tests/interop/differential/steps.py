@@ -154,8 +154,9 @@ def _steps(rng: random.Random, count: int, fault: Fault) -> Iterator[Step]:
         command = rng.choices(list(weights), list(weights.values()))[0]
         if command is None:
             requests = tuple(_requests(rng, stage, fault, tag))
-            tag += len(requests)
-            yield Requests(requests)
+            tag += 8
+            if requests:
+                yield Requests(requests)
             continue
         yield command
         if stage is Stage.RUNNING and command is Command.FAILOVER and fault is not Fault.NONE:
