@@ -75,6 +75,7 @@ class CopyBeforeWrite(Node):
     ) -> None:
         super().__init__(name, disk.length, disk, read_only=disk.read_only)
         self._failed = failed
+        self._disk = disk
         self._into = into
         self._durable = durable
         self._gathered: Batch | None = None
@@ -160,6 +161,11 @@ class CopyBeforeWrite(Node):
     def _save(self, offset: int, length: int) -> None:
         """Save what is missing of the range's blocks, at once."""
         into = self._into
+        first = round_down(offset, BLOCK)
+        if offset + length <= first + BLOCK:  # by far the most usual
+            if not into.covers(offset, length):
+                into.save(first, self._disk.fetch(first, min(BLOCK, self.length - first)))
+            return
         for start, run in into.missing(offset, length):
             self._copy(start, run, into.save)
 

@@ -42,8 +42,10 @@ STATUS_SPAN = 256 * MiB
 
 _FUA = int(CommandFlag.FUA)
 _WRITE = int(Command.WRITE)
+_HEAD = transmission.REQUEST_SIZE
 _SIMPLE = transmission.SIMPLE_SIZE
 _DATA_HEAD = protocol.DATA_HEAD.size
+_unpack_request = protocol.REQUEST.unpack_from
 _pack_simple = protocol.SIMPLE_REPLY.pack_into
 _pack_data_head = protocol.DATA_HEAD.pack_into
 _ZEROES = bytes(64 * KiB)
@@ -189,6 +191,9 @@ class Connection:
         self._paused = False
         try:
             while self._has_room():
+                start = self._plain_writes(memory, start, end)
+                if not self._has_room():
+                    break
                 request = parse(data, start, end)
                 if request is None:
                     self._need = transmission.REQUEST_SIZE
@@ -214,6 +219,45 @@ class Connection:
             self._set_reading(not self._paused and not self._leaving)
             if start != first:
                 self.node.unplug()
+
+    def _plain_writes(self, memory: Memory, start: int, end: int) -> int:
+        """Run the writes that are complete and in order from `start` on, and say where they end.
+
+        That is most of what a client sends. Whatever else a request is, is left to `_run`.
+        """
+        if self._read_only:
+            return start
+        data, view = memory.data, memory.view
+        write, limit = self.node.write, self.node.length
+        ended: list[int] = []
+        while end - start >= _HEAD:
+            magic, flags, command, cookie, offset, length = _unpack_request(data, start)
+            body = start + _HEAD
+            behind = body + length
+            if (
+                behind > end
+                or command != _WRITE
+                or flags
+                or magic != protocol.REQUEST_MAGIC
+                or not length
+                or offset + length > limit
+            ):
+                break
+            start = behind
+            try:
+                pending = write(offset, (view[body:behind],))
+            except Error as error:
+                self._fail(cookie, error)
+                continue
+            if pending is None:
+                ended.append(cookie)
+            else:
+                self._wait_for_write(pending, cookie, length, memory)
+                if not self._has_room():
+                    break
+        if ended:
+            self._succeed_all(ended)
+        return start
 
     def _dispatch(self, command: int, flags: int, cookie: int, offset: int, length: int) -> None:
         try:
@@ -248,6 +292,10 @@ class Connection:
         if pending is None:
             self._succeed(cookie)
             return
+        self._wait_for_write(pending, cookie, length, memory)
+
+    def _wait_for_write(self, pending: Pending, cookie: int, length: int, memory: Memory) -> None:
+        """Keep the data of a write where it is until the node is through with it, then answer."""
         memory.held += 1
         self._held_bytes += length
 
@@ -394,6 +442,14 @@ class Connection:
         # A simple reply is right for everything but a read, with structured replies too.
         at = self._out.reserve(_SIMPLE)
         _pack_simple(self._out.memory.data, at, protocol.SIMPLE_REPLY_MAGIC, 0, cookie)
+
+    def _succeed_all(self, cookies: list[int]) -> None:
+        """As `_succeed`, for many."""
+        at = self._out.reserve(_SIMPLE * len(cookies))
+        data = self._out.memory.data
+        for cookie in cookies:
+            _pack_simple(data, at, protocol.SIMPLE_REPLY_MAGIC, 0, cookie)
+            at += _SIMPLE
 
     def _fail(self, cookie: int, error: Error) -> None:
         number = protocol.ERROR_OF_KIND[error.kind]
