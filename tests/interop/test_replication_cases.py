@@ -361,7 +361,8 @@ def test_case_on_qemu(name: str) -> None:
         if name.startswith("primary/"):
             image = directory / "primary.img"
             qemu.make_raw(image, LENGTH)
-            node = f"if=none,id=top0,node-name=top,driver=replication,mode=primary,file.driver=raw,file.file.filename={image}"
+            file = f"file.driver=raw,file.file.filename={image}"
+            node = f"if=none,id=top0,node-name=top,driver=replication,mode=primary,{file}"
             with qemu.qemu(directory, "-drive", node, kind=qemu.QemuPrimary) as process:
                 process.serve_nbd(str(directory / "nbd"))
                 process.export("top", "top")

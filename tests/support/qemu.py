@@ -13,6 +13,7 @@ our own code.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -37,12 +38,11 @@ class QmpError(Exception):
 
 
 class Qmp:
-    """A QMP client. `events` has all that came and was not taken by `wait_event`."""
+    """A QMP client on a connected socket. `events` has all that came and was not taken by `wait_event`."""
 
-    def __init__(self, path: Path) -> None:
-        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
         self._sock.settimeout(PATIENCE_S)
-        self._sock.connect(str(path))
         self._received = b""
         self.events: list[dict[str, Any]] = []
         while "QMP" not in (message := self._message()):
@@ -103,8 +103,10 @@ class Qemu:
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
         try:
-            until(lambda: self._listens(path), "QEMU's QMP socket")
-            self.qmp = Qmp(path)
+            # One connection only: QEMU may greet the next one once more for one that has gone.
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            until(lambda: self._connects(sock, path), "QEMU's QMP socket")
+            self.qmp = Qmp(sock)
         except BaseException:
             self.kill()
             raise
@@ -158,10 +160,9 @@ class Qemu:
         """A connection to one of its exports."""
         return Nbd(self.address, name, timeout=PATIENCE_S)
 
-    def _listens(self, path: Path) -> bool:
+    def _connects(self, sock: socket.socket, path: Path) -> bool:
         assert self.alive, f"QEMU ended at once: {self.output.read_text()}"
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            return path.exists() and probe.connect_ex(str(path)) == 0
+        return sock.connect_ex(str(path)) == 0
 
 
 class Replication(Qemu):
@@ -333,9 +334,19 @@ def make_raw(path: Path, length: int) -> None:
 
 def make_qcow2(path: Path, length: int, cluster: int | None = None) -> None:
     """An empty qcow2 image, in place of what was there."""
-    path.unlink(missing_ok=True)
+    path.write_bytes(_empty_qcow2(length, cluster))
+
+
+@functools.cache
+def _empty_qcow2(length: int, cluster: int | None) -> bytes:
+    """The same empty image is made once: qemu-img takes as long as a QEMU to start."""
     options = [] if cluster is None else ["-o", f"cluster_size={cluster}"]
-    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", *options, str(path), str(length)], check=True)
+    with images() as directory:
+        path = directory / "empty.qcow2"
+        subprocess.run(
+            ["qemu-img", "create", "-q", "-f", "qcow2", *options, str(path), str(length)], check=True
+        )
+        return path.read_bytes()
 
 
 def allocated(path: Path) -> list[tuple[int, int]]:
