@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import tcmu_replication
+from tcmu_replication.block import space
 from tcmu_replication.block.file import File
 from tcmu_replication.block.node import Node
 from tcmu_replication.block.offload import Offload
@@ -355,7 +356,8 @@ class SecondaryBackstore(PairBackstore):
             disk,
             Epochs(Path(mine.overlays), disk, offload=offload, limit=resource.overlay_limit),
             top_id=resource.name,
-            durable=resource.durable,
+            # Overlays in memory, as QEMU's users like them: no sync makes them survive a loss of power.
+            durable=resource.durable and not space.in_memory(mine.overlays),
             publish=self._publish,
             withdraw=self._withdraw,
         )

@@ -27,11 +27,29 @@ ZERO_RANGE = 0x10 | KEEP_SIZE
 BLKDISCARD = 0x1277
 BLKSSZGET = 0x1268
 
+# include/uapi/linux/magic.h
+IN_MEMORY = {0x01021994, 0x858458F6}
+"""tmpfs and ramfs."""
+
 UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS}
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _fallocate64 = _libc.fallocate64
 _fallocate64.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+_statfs64 = _libc.statfs64
+_statfs64.argtypes = (ctypes.c_char_p, ctypes.c_void_p)
+
+
+def in_memory(path: str) -> bool:
+    """Whether what lies at `path` is kept in memory alone: there a sync does nothing. Raises OSError."""
+    # struct statfs of include/uapi/asm-generic/statfs.h begins with the type, a word; 120 bytes in all.
+    answer = (ctypes.c_long * 32)()
+    if _statfs64(os.fsencode(path), answer) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), path)
+    return answer[0] in IN_MEMORY
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> bool:
