@@ -23,10 +23,24 @@ def free_port() -> int:
 
 
 class Worker:
-    """`tcmu-replication serve disk0` as `host`, in its own directories below `base`."""
+    """`tcmu-replication serve disk0` as `host`, in its own directories below `base`.
 
-    def __init__(self, base: Path, host: str, resource: dict[str, object], link: dict[str, object]):
+    `certificates` is the directory for [tls]; `peer` what the other host's table has instead of a disk.
+    """
+
+    def __init__(
+        self,
+        base: Path,
+        host: str,
+        resource: dict[str, object],
+        link: dict[str, object],
+        *,
+        certificates: Path | None = None,
+        peer: dict[str, object] | None = None,
+    ):
         self.host = host
+        self._certificates = certificates
+        self._peer = peer
         self.base = base
         self.directory = base / host
         self.disk = self.directory / "disk.img"
@@ -45,7 +59,10 @@ class Worker:
         for name, (mode, address) in HOSTS.items():
             where = self.base / name
             lines += [f"[host.{name}]", *_lines({"mode": mode, "address": address})]
-            lines += _lines({"disk": str(where / "disk.img"), "overlays": str(where / "overlays")})
+            storage = {"disk": str(where / "disk.img"), "overlays": str(where / "overlays")}
+            lines += _lines(self._peer if self._peer and name != self.host else storage)
+        if self._certificates is not None:
+            lines += ["[tls]", *_lines({"certificates": str(self._certificates)})]
         lines += ["[nbd]", *_lines({"listen": f"unix:{self.socket}"})]
         return "\n".join(lines) + "\n"
 
@@ -131,12 +148,25 @@ class Worker:
 
 
 class Pair:
-    """Both workers, running; use as a context."""
+    """Both workers, running; use as a context. `certificates` has a directory for each host's [tls]."""
 
-    def __init__(self, base: Path, *, size: int, link: dict[str, object] | None = None, **resource: object):
+    def __init__(
+        self,
+        base: Path,
+        *,
+        size: int,
+        link: dict[str, object] | None = None,
+        certificates: dict[str, Path] | None = None,
+        **resource: object,
+    ):
         ports = {"port": free_port(), "control-port": free_port()}
         document = {"name": "disk0", "size": size, **{k.replace("_", "-"): v for k, v in resource.items()}}
-        self.alpha, self.beta = (Worker(base, host, document, {**ports, **(link or {})}) for host in HOSTS)
+        self.alpha, self.beta = (
+            Worker(
+                base, host, document, {**ports, **(link or {})}, certificates=(certificates or {}).get(host)
+            )
+            for host in HOSTS
+        )
 
     def __enter__(self) -> Pair:
         try:
