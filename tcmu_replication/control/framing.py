@@ -24,7 +24,7 @@ MAX_DEPTH = 64
 _OUTSIDE = re.compile(rb'["{}\[\]]')
 _IN_STRING = re.compile(rb'"|\\.', re.DOTALL)
 
-GENERIC, NO_COMMAND = "GenericError", "CommandNotFound"
+GENERIC, NO_COMMAND, NOT_ACTIVE = "GenericError", "CommandNotFound", "DeviceNotActive"
 
 CLASS_OF_KIND: dict[Kind, str] = {
     Kind.IO: GENERIC,
@@ -35,17 +35,25 @@ CLASS_OF_KIND: dict[Kind, str] = {
     Kind.INVALID_STATE: GENERIC,
     Kind.BAD_REQUEST: GENERIC,
     Kind.BAD_CONFIG: GENERIC,
-    Kind.NOT_FOUND: "DeviceNotFound",
+    Kind.NOT_FOUND: GENERIC,
     Kind.READ_ONLY: GENERIC,
     Kind.MISCOMPARE: GENERIC,
     Kind.CONFLICT: GENERIC,
     Kind.PERMISSION: GENERIC,
-    Kind.PEER_LOST: "DeviceNotActive",
+    Kind.PEER_LOST: NOT_ACTIVE,
     Kind.PEER_LIED: GENERIC,
     Kind.TIMED_OUT: GENERIC,
     Kind.CANCELLED: GENERIC,
 }
 """QEMU's ErrorClass (qapi/error.json) for each kind; its replication answers GenericError, so do we."""
+
+
+class ClassError(Error):
+    """An error to which QEMU gives another class than its kind has here."""
+
+    def __init__(self, error_class: str, kind: Kind, detail: str) -> None:
+        super().__init__(kind, detail)
+        self.error_class = error_class
 
 
 def kind_name(kind: Kind) -> str:
@@ -57,12 +65,13 @@ KIND_OF_NAME = {kind_name(kind): kind for kind in Kind}
 
 
 class Request(NamedTuple):
-    """One command of a client; `id` is sent back if `has_id`."""
+    """One command of a client; `id` is sent back if `has_id`. `oob`: do it before those that wait."""
 
     command: str
     arguments: dict[str, Any]
     id: Any = None
     has_id: bool = False
+    oob: bool = False
 
 
 class Objects:
@@ -128,19 +137,32 @@ def decode(data: bytes) -> dict[str, Any]:
     return message
 
 
-def parse_request(message: dict[str, Any]) -> Request:
-    """The request in an object. Raises BAD_REQUEST in QEMU's words (monitor/qmp.c, qapi/qmp-dispatch.c)."""
-    for member in message:
-        if member not in ("execute", "arguments", "id"):
+def parse_request(message: dict[str, Any], oob: bool = False) -> Request:
+    """The request in an object; `oob` if out-of-band execution was negotiated.
+
+    Raises BAD_REQUEST in QEMU's words (monitor/qmp.c, qapi/qmp-dispatch.c).
+    """
+    execute = None
+    for member, value in message.items():
+        if member == "execute" or (member == "exec-oob" and oob):
+            if execute is not None:
+                raise Error(Kind.BAD_REQUEST, f"QMP input member '{member}' clashes with '{execute}'")
+            if not isinstance(value, str):
+                raise Error(Kind.BAD_REQUEST, f"QMP input member '{member}' must be a string")
+            execute = member
+        elif member == "arguments" and not isinstance(value, dict):
+            raise Error(Kind.BAD_REQUEST, "QMP input member 'arguments' must be an object")
+        elif member not in ("arguments", "id"):
             raise Error(Kind.BAD_REQUEST, f"QMP input member '{member}' is unexpected")
-    if "execute" not in message:
+    if execute is None:
         raise Error(Kind.BAD_REQUEST, "QMP input lacks member 'execute'")
-    if not isinstance(message["execute"], str):
-        raise Error(Kind.BAD_REQUEST, "QMP input member 'execute' must be a string")
-    arguments = message.get("arguments", {})
-    if not isinstance(arguments, dict):
-        raise Error(Kind.BAD_REQUEST, "QMP input member 'arguments' must be an object")
-    return Request(message["execute"], arguments, message.get("id"), "id" in message)
+    return Request(
+        message[execute],
+        message.get("arguments", {}),
+        message.get("id"),
+        "id" in message,
+        execute == "exec-oob",
+    )
 
 
 def request(command: str, arguments: dict[str, Any], id: int) -> bytes:
@@ -148,14 +170,18 @@ def request(command: str, arguments: dict[str, Any], id: int) -> bytes:
     return encode({"execute": command, "arguments": arguments, "id": id})
 
 
-def greeting() -> bytes:
-    """The server's first line. Clients look for "qemu" in the version; the package says who we are."""
+def version() -> dict[str, Any]:
+    """Result of query-version. Clients look for "qemu"; the package says who we are."""
     major, minor, micro = (int(part) for part in __version__.split("."))
-    version = {
+    return {
         "qemu": {"major": major, "minor": minor, "micro": micro},
         "package": f"tcmu-replication {__version__}",
     }
-    return encode({"QMP": {"version": version, "capabilities": []}})
+
+
+def greeting() -> bytes:
+    """The server's first line."""
+    return encode({"QMP": {"version": version(), "capabilities": ["oob"]}})
 
 
 def success(result: Any, to: Request) -> bytes:
@@ -163,14 +189,15 @@ def success(result: Any, to: Request) -> bytes:
     return encode({"return": result} | _id(to))
 
 
-def failure(error: Error, to: Request | None, error_class: str | None = None) -> bytes:
+def failure(error: Error, to: Request | None) -> bytes:
     """The reply to a command that failed; the kind travels in the error's data."""
     data: dict[str, Any] = {"kind": kind_name(error.kind)}
     if error.offset is not None:
         data["offset"] = error.offset
     if error.length is not None:
         data["length"] = error.length
-    body = {"class": error_class or CLASS_OF_KIND[error.kind], "desc": error.detail, "data": data}
+    error_class = error.error_class if isinstance(error, ClassError) else CLASS_OF_KIND[error.kind]
+    body = {"class": error_class, "desc": error.detail, "data": data}
     return encode({"error": body} | (_id(to) if to else {}))
 
 

@@ -10,13 +10,11 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from tcmu_replication.control.schema import (
-    ErrorStatus,
-    Failover,
-    Nothing,
-    SetReplication,
-    Start,
-)
+from msgspec import UNSET
+
+from tcmu_replication.control.command import Nothing
+from tcmu_replication.control.qemu_schema import ErrorStatus, SetReplication
+from tcmu_replication.control.schema import Failover, Start
 from tcmu_replication.control.session import Session
 from tcmu_replication.errors import Error, Kind
 
@@ -33,12 +31,12 @@ def names(handlers: Mapping[str, Handler]) -> dict[str, Handler]:
 
     async def set_replication(arguments: SetReplication, session: Session) -> None:
         if not arguments.enable:
-            if arguments.failover:
+            if arguments.failover is True:
                 await handlers["failover"](Failover(to="checkpoint"), session)
             else:
                 await handlers["stop"](Nothing(), session)
             return
-        if arguments.failover is not None:
+        if arguments.failover is not UNSET:
             raise Error(Kind.BAD_REQUEST, "Parameter 'failover' is only for stopping replication")
         status = await handlers["query-status"](Nothing(), session)
         mode = "primary" if arguments.primary else "secondary"
@@ -51,8 +49,11 @@ def names(handlers: Mapping[str, Handler]) -> dict[str, Handler]:
         await handlers["start"](Start(), session)
 
     async def query_replication_status(arguments: Nothing, session: Session) -> ErrorStatus:
+        """QEMU's text ends where our reason begins."""
         result: ErrorStatus = await handlers["query-errors"](arguments, session)
-        return result
+        if result.desc is UNSET:
+            return result
+        return ErrorStatus(error=result.error, desc=result.desc.partition(": ")[0])
 
     async def do_checkpoint(arguments: Nothing, session: Session) -> None:
         await handlers["checkpoint"](arguments, session)

@@ -8,36 +8,32 @@ MANAGER_COMMANDS.
 
 from __future__ import annotations
 
-import enum
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal
 
-import msgspec
-from msgspec import Meta, Struct
+from msgspec import Meta
 
-from tcmu_replication.errors import Error, Kind
+from tcmu_replication.control import qemu_schema
+from tcmu_replication.control.command import (
+    OPERATOR,
+    PEER,
+    Command,
+    Count,
+    Document,
+    Nothing,
+    table,
+)
+from tcmu_replication.control.command import (
+    Privilege as Privilege,
+)
+from tcmu_replication.control.qemu_schema import ErrorStatus
 
 PROTOCOL = 1
 """What the two ends of a pair say to each other; raised when the meaning of a peer command changes."""
 
-Count = Annotated[int, Meta(ge=0)]
-Device = Annotated[str, Meta(pattern=r"^uio[0-9]{1,6}\Z", description="a UIO device, as in uio3")]
+Device = Annotated[str, Meta(pattern=r"^uio[0-9]{1,6}\Z")]
+"""A UIO device, as in uio3."""
 Text = Annotated[str, Meta(max_length=256)]
 StageName = Literal["none", "running", "failover", "failover-failed", "done"]
-
-
-class Privilege(enum.Enum):
-    """Who may give a command: root on this host, or also the configured peer over TCP."""
-
-    OPERATOR = "operator"
-    PEER = "peer"
-
-
-class Document(Struct, frozen=True, forbid_unknown_fields=True, rename="kebab", kw_only=True):
-    """Base of everything that travels: immutable, known members only."""
-
-
-class Nothing(Document, frozen=True, kw_only=True):
-    """No arguments."""
 
 
 class Start(Document, frozen=True, kw_only=True):
@@ -50,14 +46,6 @@ class Failover(Document, frozen=True, kw_only=True):
     """Arguments of failover. Without `to` the resource file's `failover` says."""
 
     to: Literal["latest", "checkpoint"] | None = None
-
-
-class SetReplication(Document, frozen=True, kw_only=True):
-    """Arguments of xen-set-replication. `failover` is for `enable` = false only; `primary` for true only."""
-
-    enable: bool
-    primary: bool
-    failover: bool | None = None
 
 
 class DeviceArguments(Document, frozen=True, kw_only=True):
@@ -110,13 +98,6 @@ class Outcome(Document, frozen=True, kw_only=True):
 
     ignored: bool = False
     stage: StageName
-
-
-class ErrorStatus(Document, frozen=True, kw_only=True):
-    """Result of query-errors, as QEMU's ReplicationStatus: whether an error is recorded, and which."""
-
-    error: bool
-    desc: str | None = None
 
 
 class Link(Document, frozen=True, kw_only=True):
@@ -204,59 +185,28 @@ class WorkerInfo(Document, frozen=True, kw_only=True):
     error: str | None = None
 
 
-class Command(NamedTuple):
-    """A row of the command table. `result` is a type that msgspec converts to, None for no result."""
-
-    name: str
-    arguments: type[Document]
-    result: Any
-    privilege: Privilege
-    doc: str
-
-    def decode(self, arguments: dict[str, Any]) -> Any:
-        """The arguments as this command's struct. Raises BAD_REQUEST."""
-        try:
-            return msgspec.convert(arguments, self.arguments)
-        except msgspec.ValidationError as error:
-            raise Error(Kind.BAD_REQUEST, f"Invalid arguments of '{self.name}': {error}") from error
-
-    def encode(self, result: Any) -> Any:
-        """A handler's result as it travels ({} for none). Raises msgspec.ValidationError if it is none."""
-        if result is None:
-            return {}
-        return msgspec.to_builtins(msgspec.convert(msgspec.to_builtins(result), self.result))
-
-
-def _table(*rows: Command) -> dict[str, Command]:
-    return {row.name: row for row in rows}
-
-
-OPERATOR, PEER = Privilege.OPERATOR, Privilege.PEER
-
-COMMANDS = _table(
-    Command("query-status", Nothing, Status, OPERATOR, "Everything about the resource."),
+COMMANDS = table(
+    Command("query-status", Nothing, Status, OPERATOR, "Everything about the resource.", oob=True),
     Command("start", Start, Outcome, OPERATOR, "Begin to replicate."),
     Command("checkpoint", Nothing, Checkpoint | None, OPERATOR, "Make the present the new baseline."),
     Command("failover", Failover, FailoverStarted | None, OPERATOR, "Make this host the one that counts."),
     Command("stop", Nothing, Outcome, OPERATOR, "Stop replicating; a secondary makes a last checkpoint."),
-    Command("query-errors", Nothing, ErrorStatus, OPERATOR, "The recorded replication error, if any."),
-    Command("xen-set-replication", SetReplication, None, OPERATOR, "QEMU's start, stop and failover."),
-    Command("query-xen-replication-status", Nothing, ErrorStatus, OPERATOR, "QEMU's query-errors."),
-    Command("xen-colo-do-checkpoint", Nothing, None, OPERATOR, "QEMU's checkpoint."),
+    Command("query-errors", Nothing, ErrorStatus, OPERATOR, "The recorded error, and its reason.", oob=True),
     Command("attach-device", DeviceArguments, None, OPERATOR, "Serve the LUN on a UIO device too."),
     Command("detach-device", DeviceArguments, None, OPERATOR, "The UIO device is going or gone."),
     Command("quit", Nothing, None, OPERATOR, "End the worker in order."),
     Command("peer-hello", PeerHello, PeerState, PEER, "The primary introduces itself."),
     Command("peer-prepare", PeerEpoch, None, PEER, "Get ready for the checkpoint that ends the epoch."),
     Command("peer-checkpoint", PeerEpoch, PeerState, PEER, "End the epoch; the secondary begins the next."),
+    *qemu_schema.REPLICATION.values(),
 )
 
-DEVICE_COMMANDS = _table(
-    Command("query-status", Nothing, DeviceStatus, OPERATOR, "Everything about the LUN."),
+DEVICE_COMMANDS = table(
+    Command("query-status", Nothing, DeviceStatus, OPERATOR, "Everything about the LUN.", oob=True),
     COMMANDS["quit"],
 )
 
-MANAGER_COMMANDS = _table(
+MANAGER_COMMANDS = table(
     Command("query-workers", Nothing, list[WorkerInfo], OPERATOR, "The workers and what became of them."),
 )
 
@@ -273,4 +223,5 @@ EVENTS: dict[str, type[Document]] = {
     "REPLICATION_STAGE": StageChanged,
     "REPLICATION_CHECKPOINT": Checkpoint,
     "REPLICATION_LINK": Link,
+    **qemu_schema.EVENTS,
 }

@@ -8,10 +8,10 @@
 
 A handler is `async (arguments, session) -> result`, with arguments and result
 as the schema says; it raises `Error` to refuse. Commands of one connection run
-one after the other, those of different connections at the same time. A worker
-with a resource's commands answers to QEMU's names for them too. Whoever breaks
-the protocol loses that connection, with a line in the log, and nothing else
-happens.
+one after the other, those of different connections at the same time; what may
+be given out of band runs at once. A worker with a resource's commands answers
+to QEMU's names for them too. Whoever breaks the protocol loses that connection,
+with a line in the log, and nothing else happens.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ from typing import Any
 import msgspec
 
 from tcmu_replication.control import framing, lock, qemu
-from tcmu_replication.control.schema import COMMANDS, EVENTS, Command, Document, Privilege
+from tcmu_replication.control.command import Command, Document, Privilege
+from tcmu_replication.control.schema import COMMANDS, EVENTS
 from tcmu_replication.control.session import Call, Session
+from tcmu_replication.control.throttle import Throttle
 from tcmu_replication.errors import Error, Kind, from_os
 
 Handler = Callable[[Any, Session], Awaitable[Any]]
@@ -43,6 +45,8 @@ log = logging.getLogger(__name__)
 NEGOTIATION_S = 10.0
 """A connection that has not negotiated by then is closed."""
 MAX_CONNECTIONS = 64
+MAX_QUEUED = 8
+"""Commands of one connection that wait for their turn, as in QEMU; then it is not read any more."""
 MAX_UNSENT = 1 << 20
 """Bytes of events and replies that a client may leave unread before it is cut off."""
 _UCRED = struct.Struct("3i")
@@ -58,6 +62,7 @@ class Server:
         self._table = table
         self._listeners: list[asyncio.Server] = []
         self._clients: dict[asyncio.Task[None], tuple[Session, asyncio.StreamWriter]] = {}
+        self._throttle = Throttle()
         self._lock: int | None = None
         self._path: Path | None = None
 
@@ -83,9 +88,7 @@ class Server:
         self._path = path
         self._listeners.append(await asyncio.start_unix_server(self._accept_unix, sock=listener))
 
-    async def listen_tcp(
-        self, address: str, port: int, peer: str, tls: ssl.SSLContext | None = None
-    ) -> None:
+    async def listen_tcp(self, address: str, port: int, peer: str, tls: ssl.SSLContext | None = None) -> None:
         """Listen on `address` and take connections from the address `peer` only, for peer commands only.
 
         With `tls` the first byte is TLS's, and the context decides on the peer's certificate.
@@ -125,6 +128,9 @@ class Server:
     def emit(self, name: str, data: Document) -> None:
         """Send an event to every operator that has negotiated. Never blocks, never raises."""
         assert isinstance(data, EVENTS[name]), f"{name} carries {EVENTS[name].__name__}"
+        self._throttle.pass_on(name, data, self._emit)
+
+    def _emit(self, name: str, data: Document) -> None:
         line = framing.event(name, msgspec.to_builtins(data), time.time())
         for session, writer in list(self._clients.values()):
             if session.negotiated and session.privilege is Privilege.OPERATOR:
@@ -132,6 +138,7 @@ class Server:
 
     async def close(self) -> None:
         """Stop listening, end the connections (a handler under way is cancelled), give the lock up."""
+        self._throttle.close()
         for listener in self._listeners:
             listener.close()
         if self._path is not None:
@@ -182,7 +189,31 @@ class Server:
     async def _converse(
         self, session: Session, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
+        """Until the client goes; what it has asked by then is carried out."""
         writer.write(framing.greeting())
+        queue: asyncio.Queue[Call | bytes] = asyncio.Queue(MAX_QUEUED)
+        runner = asyncio.create_task(self._answer(session, queue, writer))
+        ended: Exception | None = None
+        try:
+            try:
+                await self._listen(session, reader, writer, queue)
+            except (Error, OSError) as error:
+                ended = error
+            await queue.join()
+        finally:
+            runner.cancel()
+            await asyncio.gather(runner, return_exceptions=True)
+        if ended is not None:
+            raise ended
+
+    async def _listen(
+        self,
+        session: Session,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        queue: asyncio.Queue[Call | bytes],
+    ) -> None:
+        """Read requests into the queue; those out of band are answered here."""
         objects = framing.Objects()
         deadline = asyncio.get_running_loop().time() + NEGOTIATION_S
         while True:
@@ -197,9 +228,22 @@ class Server:
                 return
             for message in objects.feed(data):
                 asked = session.receive(message)
-                reply = await self._run(session, asked) if isinstance(asked, Call) else asked
-                self._send(session, writer, reply)
-            await writer.drain()
+                if isinstance(asked, Call) and asked.request.oob:
+                    self._send(session, writer, await self._run(session, asked))
+                else:
+                    await queue.put(asked)
+
+    async def _answer(
+        self, session: Session, queue: asyncio.Queue[Call | bytes], writer: asyncio.StreamWriter
+    ) -> None:
+        """Carry the queue out, one after the other."""
+        while True:
+            asked = await queue.get()
+            reply = await self._run(session, asked) if isinstance(asked, Call) else asked
+            self._send(session, writer, reply)
+            queue.task_done()
+            with suppress(OSError):
+                await writer.drain()
 
     async def _run(self, session: Session, call: Call) -> bytes:
         """Carry a call out. A handler that breaks is a bug: the log has the trace, the client an error."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
-from tcmu_replication import __version__
-from tcmu_replication.control import framing
-from tcmu_replication.control.framing import NO_COMMAND, Request
-from tcmu_replication.control.schema import Command, Privilege
+from tcmu_replication.control import framing, introspection
+from tcmu_replication.control.command import Command, Privilege
+from tcmu_replication.control.framing import NO_COMMAND, ClassError, Request
+from tcmu_replication.control.qemu_schema import SESSION_COMMANDS
+from tcmu_replication.control.schema import EVENTS
 from tcmu_replication.errors import Error, Kind
 
 
@@ -33,27 +34,28 @@ class Session:
         self.privilege = privilege
         self.peer = peer
         self.negotiated = False
-        self._commands = {
+        self.oob = False
+        self._commands = SESSION_COMMANDS | {
             name: row
             for name, row in commands.items()
             if name in served and (privilege is Privilege.OPERATOR or row.privilege is privilege)
         }
 
     def receive(self, data: bytes) -> Call | bytes:
-        """What a message asks for: a call, or the reply to send at once.
+        """What a message asks for: a call, or the reply to send in its turn.
 
         Raises BAD_REQUEST if it is no JSON object: the connection ends.
         """
         message = framing.decode(data)
         try:
-            request = framing.parse_request(message)
+            request = framing.parse_request(message, self.oob)
         except Error as error:
             has_id = "id" in message
             return framing.failure(error, Request("", {}, message.get("id"), has_id))
         try:
             return self._dispatch(request)
         except Error as error:
-            return framing.failure(error, request, NO_COMMAND if error.kind is Kind.UNSUPPORTED else None)
+            return framing.failure(error, request)
 
     def succeed(self, call: Call, result: Any) -> bytes:
         """The reply with a result. Raises msgspec.ValidationError if it is not what the table says."""
@@ -64,26 +66,35 @@ class Session:
         return framing.failure(error, call.request)
 
     def _dispatch(self, request: Request) -> Call | bytes:
-        if not self.negotiated:
-            if request.command != "qmp_capabilities":
-                raise Error(Kind.UNSUPPORTED, "Expecting capabilities negotiation with 'qmp_capabilities'")
-            self._negotiate(request.arguments)
-            return framing.success({}, request)
-        match request.command:
-            case "qmp_capabilities":
-                raise Error(Kind.UNSUPPORTED, "Capabilities negotiation is already complete, command ignored")
-            case "query-commands":
-                names = ["qmp_capabilities", "query-commands", "query-version", *self._commands]
-                return framing.success([{"name": name} for name in sorted(names)], request)
-            case "query-version":
-                return framing.success({"package": f"tcmu-replication {__version__}"}, request)
+        """As QEMU's qmp_dispatch, in its order."""
+        if not self.negotiated and request.command != "qmp_capabilities":
+            raise _not_found("Expecting capabilities negotiation with 'qmp_capabilities'")
         command = self._commands.get(request.command)
         if command is None:
-            raise Error(Kind.UNSUPPORTED, f"The command {request.command} has not been found")
-        return Call(command, command.decode(request.arguments), request)
+            raise _not_found(f"The command {request.command} has not been found")
+        if request.oob and not command.oob:
+            raise Error(Kind.UNSUPPORTED, f"The command {request.command} does not support OOB")
+        if self.negotiated and command.name == "qmp_capabilities":
+            raise _not_found("Capabilities negotiation is already complete, command ignored")
+        arguments = command.decode(request.arguments)
+        if command.name not in SESSION_COMMANDS:
+            return Call(command, arguments, request)
+        return framing.success(self._answer(command.name, arguments), request)
 
-    def _negotiate(self, arguments: dict[str, Any]) -> None:
-        wanted = arguments.get("enable", [])
-        if wanted != [] or set(arguments) - {"enable"}:
-            raise Error(Kind.BAD_REQUEST, f"Capability {wanted!r:.80} not available; this server has none")
-        self.negotiated = True
+    def _answer(self, name: str, arguments: Any) -> Any:
+        """The result of a command about the connection itself."""
+        match name:
+            case "query-commands":
+                return [{"name": name} for name in sorted(self._commands)]
+            case "query-qmp-schema":
+                return introspection.schema(self._commands.values(), EVENTS)
+            case "query-version":
+                return framing.version()
+            case _:
+                self.negotiated = True
+                self.oob = "oob" in arguments.enable
+                return {}
+
+
+def _not_found(text: str) -> Error:
+    return ClassError(NO_COMMAND, Kind.UNSUPPORTED, text)

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tcmu_replication.control import framing
-from tcmu_replication.control.schema import COMMANDS, Privilege
+from tcmu_replication.control.command import Privilege
+from tcmu_replication.control.schema import COMMANDS
 from tcmu_replication.control.session import Call, Session
 from tcmu_replication.errors import Error, Kind
 

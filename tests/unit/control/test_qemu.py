@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 
 from tcmu_replication.control import qemu, schema
-from tcmu_replication.control.schema import SetReplication
+from tcmu_replication.control.command import Privilege
+from tcmu_replication.control.qemu_schema import SetReplication
 from tcmu_replication.control.server import Server
 from tcmu_replication.control.session import Session
 from tcmu_replication.errors import Error, Kind
 from tests.unit.control.documents import status
 
-SESSION = Session({}, (), schema.Privilege.OPERATOR, "test")
+SESSION = Session({}, (), Privilege.OPERATOR, "test")
 
 
 class Worker:

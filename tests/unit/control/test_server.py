@@ -160,6 +160,34 @@ def test_a_command_under_way_does_not_hold_up_other_connections(tmp_path: Path) 
     with_worker(tmp_path, body)
 
 
+def test_out_of_band_overtakes_what_waits_and_the_rest_keeps_its_order(tmp_path: Path) -> None:
+    async def body(worker: Worker, path: Path) -> None:
+        reader, writer = await raw(path)
+        writer.write(b'{"execute":"qmp_capabilities","arguments":{"enable":["oob"]}}\n')
+        await reader.readline()
+        writer.write(b'{"execute":"checkpoint","id":1}{"execute":"query-version","id":2}')
+        await worker.holding.wait()
+        writer.write(b'{"exec-oob":"query-status","id":3}')
+        assert json.loads(await reader.readline())["id"] == 3
+        worker.hold.set()
+        assert [json.loads(await reader.readline())["id"] for _ in range(2)] == [1, 2]
+        writer.close()
+
+    with_worker(tmp_path, body)
+
+
+def test_what_a_client_asked_before_it_hung_up_is_carried_out(tmp_path: Path) -> None:
+    async def body(worker: Worker, path: Path) -> None:
+        reader, writer = await raw(path)
+        writer.write(b'{"execute":"qmp_capabilities"}' + b'{"execute":"start"}' * 12)
+        writer.write_eof()
+        assert (await reader.read()).count(b'{"return":{}}') == 13
+        assert len(worker.calls) == 12
+        writer.close()
+
+    with_worker(tmp_path, body)
+
+
 def test_client_that_goes_during_a_command_harms_nobody(tmp_path: Path) -> None:
     async def body(worker: Worker, path: Path) -> None:
         gone = await Connection.unix(path, timeout=5)

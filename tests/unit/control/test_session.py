@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from tcmu_replication.control.schema import COMMANDS, Privilege, Start
+from tcmu_replication.control.command import Privilege
+from tcmu_replication.control.qemu_schema import SESSION_COMMANDS
+from tcmu_replication.control.schema import COMMANDS, Start
 from tcmu_replication.control.session import Call, Session
 from tcmu_replication.errors import Error, Kind
 
@@ -38,11 +40,46 @@ def test_nothing_before_negotiation() -> None:
     assert isinstance(session.receive(b'{"execute":"query-status"}'), Call)
 
 
-@pytest.mark.parametrize("arguments", [{"enable": ["oob"]}, {"enable": 1}, {"x": []}])
-def test_capability_that_is_not_offered(arguments: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"enable": ["x"]}, "Parameter 'null' does not accept value 'x'"),
+        ({"enable": [1]}, "Invalid parameter type for 'enable[0]', expected: string"),
+        ({"enable": "oob"}, "Invalid parameter type for 'enable', expected: array"),
+        ({"x": []}, "Parameter 'x' is unexpected"),
+    ],
+)
+def test_capability_that_is_not_offered(arguments: dict[str, Any], text: str) -> None:
     session = make(negotiated=False)
-    assert "not available" in reply(session, NEGOTIATE | {"arguments": arguments})["error"]["desc"]
+    error = reply(session, NEGOTIATE | {"arguments": arguments})["error"]
+    assert (error["class"], error["desc"]) == ("GenericError", text)
     assert not session.negotiated
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        ({"exec-oob": "stop"}, "The command stop does not support OOB"),
+        ({"exec-oob": "cont"}, "The command cont has not been found"),
+        ({"exec-oob": "qmp_capabilities"}, "The command qmp_capabilities does not support OOB"),
+        ({"exec-oob": "stop", "execute": "stop"}, "QMP input member 'execute' clashes with 'exec-oob'"),
+        ({"exec-oob": 1}, "QMP input member 'exec-oob' must be a string"),
+    ],
+)
+def test_out_of_band_where_it_is_not_sensible(message: dict[str, Any], text: str) -> None:
+    session = make(negotiated=False)
+    reply(session, NEGOTIATE | {"arguments": {"enable": ["oob"]}})
+    assert reply(session, message)["error"]["desc"] == text
+
+
+def test_out_of_band_needs_its_capability() -> None:
+    error = reply(make(), {"exec-oob": "query-status"})["error"]
+    assert error["desc"] == "QMP input member 'exec-oob' is unexpected"
+    session = make(negotiated=False)
+    reply(session, NEGOTIATE | {"arguments": {"enable": ["oob"]}})
+    call = session.receive(b'{"exec-oob":"query-status","id":1}')
+    assert isinstance(call, Call)
+    assert call.request.oob
 
 
 def test_negotiation_with_an_empty_list_as_libraries_send_it() -> None:
@@ -102,10 +139,17 @@ def test_invalid_arguments_are_answered_and_the_session_goes_on() -> None:
 def test_query_commands_lists_what_can_be_called() -> None:
     names = {row["name"] for row in reply(make(Privilege.PEER), {"execute": "query-commands"})["return"]}
     peers = {"peer-hello", "peer-prepare", "peer-checkpoint"}
-    assert names == {"qmp_capabilities", "query-commands", "query-version", *peers}
+    assert names == {*SESSION_COMMANDS, *peers}
 
 
 @pytest.mark.parametrize("message", [b"garbage", b"[]", b"{]", b'{"a":"\xff"}'])
 def test_message_that_ends_the_session(message: bytes) -> None:
     with pytest.raises(Error):
         make().receive(message)
+
+
+def test_version_and_schema_are_answered_at_once() -> None:
+    session = make()
+    assert reply(session, {"execute": "query-version"})["return"]["package"].startswith("tcmu-replication ")
+    rows = reply(session, {"execute": "query-qmp-schema"})["return"]
+    assert {"query-qmp-schema", "start", "REPLICATION_STAGE"} <= {row["name"] for row in rows}
