@@ -1,6 +1,7 @@
 # make demo    three hosts, a replicated LUN, a crash and a failover (as root)
 # make test    everything that can be checked; what .ci/run calls (as root)
 # make bench   QEMU's replication and ours side by side; QUICK=1 for a short run (as root)
+# make soak    N random sequences on QEMU and on ours, and the longer rounds of the crash tests (as root)
 # make lint    ruff and mypy
 PYTHON ?= python3
 VENV := .venv
@@ -10,14 +11,18 @@ TO ?= latest
 PACKAGES := user-mode-linux kmod qemu-utils qemu-system-x86 nbdkit libnbd-bin fio open-iscsi \
 	e2fsprogs xfsprogs dbus iproute2 sg3-utils python3-venv
 TEST_ARGS ?=
+N ?= 200
 
-.PHONY: bench demo test lint unit tools clean
+.PHONY: bench demo test soak lint unit tools clean
 
 test: tools $(VENV)/installed lint
 	$(BIN)/python -m pytest $(TEST_ARGS)
 
 unit: $(VENV)/installed
 	$(BIN)/python -m pytest tests/unit tests/property $(TEST_ARGS)
+
+soak: tools $(VENV)/installed
+	TCMU_REPLICATION_SOAK=$(N) $(BIN)/python -m pytest tests/interop/test_qemu_differential.py tests/interop/test_qemu_defects.py $(TEST_ARGS)
 
 demo: tools $(VENV)/installed
 	$(BIN)/python -m tests.lab.demo --to $(TO)
