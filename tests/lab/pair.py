@@ -87,7 +87,8 @@ class Pair:
         self.daemons[host.name] = host.spawn(f"exec {PROGRAM} daemon")
 
     def _await_worker(self, host: Host) -> None:
-        host.wait_until(f"[ -S /run/tcmu-replication/{NAME}.sock ]", timeout=60)
+        # The manager's word when a worker is ready; a daemon that ends without it is told with what it said.
+        self.daemons[host.name].wait_for(f"{NAME}: serves")
 
     def create_backstores(self) -> None:
         """Creates the LIO backstore on both hosts."""
