@@ -9,6 +9,7 @@ from tcmu_replication.replication import stages
 from tcmu_replication.replication.stages import Stage
 from tcmu_replication.units import BLOCK
 from tests.interop.differential.differences import Difference
+from tests.interop.differential.process import ProcessSide
 from tests.interop.differential.sides import EngineSide, Outcome, QemuSide, Side, pieces
 from tests.interop.differential.steps import (
     BAD,
@@ -26,8 +27,11 @@ class DisagreementError(AssertionError):
     """Where QEMU and ours part."""
 
 
-def differ(sequence: Sequence, directory: Path) -> set[Difference]:
-    """Run a sequence on QEMU and on our engine; the differences that it met. Raises `DisagreementError`."""
+Ours = EngineSide | ProcessSide
+
+
+def differ(sequence: Sequence, directory: Path, ours_as: type[Ours] = EngineSide) -> set[Difference]:
+    """Run a sequence on QEMU and on ours; the differences that it met. Raises `DisagreementError`."""
     theirs = directory / "qemu"
     ours = directory / "ours"
     theirs.mkdir()
@@ -36,12 +40,12 @@ def differ(sequence: Sequence, directory: Path) -> set[Difference]:
     async def whole() -> set[Difference]:
         qemu_side = QemuSide(theirs, sequence)
         try:
-            engine = EngineSide(ours, sequence)
-            await engine.open()
+            our_side = ours_as(ours, sequence)
+            await our_side.open()
             try:
-                return await Run(sequence, qemu_side, engine).run()
+                return await Run(sequence, qemu_side, our_side).run()
             finally:
-                await engine.close()
+                await our_side.close()
         finally:
             qemu_side.close()
 

@@ -68,10 +68,10 @@ def make_image(path: Path) -> None:
         image.write(bytes(range(1, 129)) * (len(BAD) // 128))
 
 
-class QemuSide:
-    """QEMU's, in processes: a new pairing is a new process over the same disk."""
+class NbdDoors:
+    """The two doors of a secondary that is reached over NBD: its LUN, and the primary's while it is let in."""
 
-    NBD = {
+    COMMANDS = {
         Verb.FORWARD: nbd.WRITE,
         Verb.FORWARD_ZERO: nbd.ZEROES,
         Verb.FORWARD_TRIM: nbd.TRIM,
@@ -81,6 +81,47 @@ class QemuSide:
         Verb.OWN_TRIM: nbd.TRIM,
         Verb.READ: nbd.READ,
     }
+
+    def __init__(self, lun: nbd.Nbd) -> None:
+        self.lun = lun
+        self.forward: nbd.Nbd | None = None
+
+    def close(self) -> None:
+        """Hang up. Twice is fine."""
+        self.end_forwarding()
+        self.lun.close()
+
+    def end_forwarding(self) -> None:
+        """Close the primary's door."""
+        if self.forward is not None:
+            self.forward.close()
+            self.forward = None
+
+    def requests(self, requests: Sequence[Request]) -> list[Outcome]:
+        """Put them in flight together; how each ended."""
+        started: list[tuple[nbd.Nbd, nbd.Request] | None] = []
+        for request in requests:
+            door = self.forward if request.verb.forwarded else self.lun
+            if door is None:
+                started.append(None)
+                continue
+            command = self.COMMANDS[request.verb]
+            data = request.data if command == nbd.WRITE else b""
+            started.append((door, door.start(command, request.offset, request.length, data)))
+        for door in (self.forward, self.lun):
+            if door is not None:
+                door.finish([entry[1] for entry in started if entry is not None and entry[0] is door])
+        return [NO_EXPORT if entry is None else Outcome(entry[1].error, entry[1].data) for entry in started]
+
+    def top(self, fault: Fault) -> list[bytes | None]:
+        """What the LUN shows."""
+        reads = [self.lun.start(nbd.READ, *piece) for piece in pieces(fault)]
+        self.lun.finish(reads)
+        return [None if read.error else read.data for read in reads]
+
+
+class QemuSide:
+    """QEMU's, in processes: a new pairing is a new process over the same disk."""
 
     def __init__(self, directory: Path, sequence: steps.Sequence) -> None:
         self.directory = directory
@@ -101,8 +142,8 @@ class QemuSide:
                 self.directory, LENGTH, cluster=self._sequence.cluster, disk_options=self._disk_options()
             )
         )
-        self._lun = self._stack.enter_context(self.qemu.nbd("top"))
-        self._forward: nbd.Nbd | None = None
+        self._doors = NbdDoors(self.qemu.nbd("top"))
+        self._stack.callback(self._doors.close)
 
     def _disk_options(self) -> str:
         """blkdebug over the image, with a rule for every bad sector and kind of request."""
@@ -166,35 +207,20 @@ class QemuSide:
     def _running(self) -> None:
         self.stage = Stage.RUNNING
         self.qemu.export_disk()
-        self._forward = self._stack.enter_context(self.qemu.nbd("disk"))
+        self._doors.forward = self.qemu.nbd("disk")
 
     def _end_forwarding(self) -> None:
-        if self._forward is not None:
-            self._forward.close()
-            self._forward = None
+        if self._doors.forward is not None:
+            self._doors.end_forwarding()
             self.qemu.unexport("disk")
 
     async def requests(self, requests: Sequence[Request]) -> list[Outcome]:
         """See `Side`."""
-        started: list[tuple[nbd.Nbd, nbd.Request] | None] = []
-        for request in requests:
-            door = self._forward if request.verb.forwarded else self._lun
-            if door is None:
-                started.append(None)
-                continue
-            command = self.NBD[request.verb]
-            data = request.data if command == nbd.WRITE else b""
-            started.append((door, door.start(command, request.offset, request.length, data)))
-        for door in (self._forward, self._lun):
-            if door is not None:
-                door.finish([entry[1] for entry in started if entry is not None and entry[0] is door])
-        return [NO_EXPORT if entry is None else Outcome(entry[1].error, entry[1].data) for entry in started]
+        return self._doors.requests(requests)
 
     async def top(self) -> list[bytes | None]:
         """See `Side`."""
-        reads = [self._lun.start(nbd.READ, *piece) for piece in pieces(self._sequence.fault)]
-        self._lun.finish(reads)
-        return [None if read.error else read.data for read in reads]
+        return self._doors.top(self._sequence.fault)
 
     def disk(self) -> bytes:
         """See `Side`."""
