@@ -47,10 +47,13 @@ async def connect(
             raise Error(Kind.PEER_LOST, f"{who}: no answer in {timeout_s:g} s") from error
         if isinstance(error, ssl.SSLError):  # with TLS 1.3 a server refuses only now
             raise Error(Kind.PERMISSION, f"{who}: {sentence(error)}") from error
+        # With TLS 1.3 a server looks at our certificate when the handshake is over for us, and QEMU's says nothing.
+        hint = "; it may not accept our certificate" if isinstance(sock, TlsSocket) else ""
         if isinstance(error, OSError):
-            raise Error(Kind.PEER_LOST, f"{who}: {error.strerror or error}") from error
+            raise Error(Kind.PEER_LOST, f"{who}: {error.strerror or error}{hint}") from error
         if isinstance(error, Error):
-            raise Error(error.kind, f"{who}: {error.detail}") from error
+            hint = hint if error.kind is Kind.PEER_LOST else ""
+            raise Error(error.kind, f"{who}: {error.detail}{hint}") from error
         raise
 
 
