@@ -70,9 +70,12 @@ class Ours:
         path = self._run / f"{NAME}.sock"
         deadline = time.monotonic() + PATIENCE_S
         while True:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
-                return qemu.Qmp(path)
+                sock.connect(str(path))
+                return qemu.Qmp(sock)
             except OSError:
+                sock.close()
                 if self.process.poll() is not None or time.monotonic() > deadline:
                     raise RuntimeError(f"our worker does not answer at {path}; see its log") from None
                 time.sleep(0.002)

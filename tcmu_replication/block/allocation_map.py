@@ -41,6 +41,8 @@ VERSION = 1
 
 _STATES = [bytes([state]) for state in (ABSENT, HERE, ZERO)]
 _RUNS = re.compile(rb"\x00+|\x01+|\x02+")
+_OVER = bytes(both & 3 or both >> 2 & 3 for both in range(256))
+"""By upper state + 4 * lower state: the state that counts."""
 _EMPTY_PAGE = memoryview(bytes(PAGE))
 
 
@@ -140,6 +142,10 @@ class AllocationMap:
                     yield run
             first = end
 
+    def next_page(self, first: int) -> int:
+        """The first page of the map, from block `first`'s on, where something may be marked; -1 if none."""
+        return self._safe.find(1, first // PAGE)
+
     def prepare(self, first: int, last: int) -> None:
         """Make sure that marks in the range find space. Raises `Error` (NO_SPACE)."""
         if last - first == 1 and self._safe[first // PAGE]:
@@ -205,6 +211,26 @@ class AllocationMap:
                 self._safe[page] = 1
                 self.here += here
                 self.zero += zero
+
+
+def merged(upper: AllocationMap, lower: AllocationMap, first: int, last: int) -> Iterator[tuple[int, int, int]]:
+    """As `AllocationMap.marked`, of two maps: a block that `upper` does not have is as in `lower`."""
+    while first < last:
+        found = [page for page in (upper.next_page(first), lower.next_page(first)) if page >= 0]
+        first = max(first, min(found) * PAGE) if found else last
+        end = min(last, (first // PAGE + 1) * PAGE)
+        if first < end:
+            states = _over(upper.states(first, end), lower.states(first, end))
+            for run in _RUNS.finditer(states):
+                if states[run.start()] != ABSENT:
+                    yield first + run.start(), first + run.end(), states[run.start()]
+        first = end
+
+
+def _over(upper: bytes, lower: bytes) -> bytes:
+    """The states of `upper`, and those of `lower` where it has none: all bytes at once, as one large number."""
+    both = int.from_bytes(upper, "big") | int.from_bytes(lower, "big") << 2
+    return both.to_bytes(len(upper) + 1, "big")[1:].translate(_OVER)
 
 
 def _pages(last: int) -> int:

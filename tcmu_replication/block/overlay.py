@@ -390,5 +390,16 @@ class Overlay(Node):
                     self.data.discard(start * BLOCK, min(end * BLOCK, self.length) - start * BLOCK)
 
 
+def held_runs(upper: Overlay, lower: Overlay, offset: int = 0) -> Iterator[tuple[int, int, bool]]:
+    """What either holds, as `upper` over `lower` reads it: (offset, length, known zero) from `offset` on, in order.
+
+    Runs are whole blocks, up to a page of the map each; the map is read page by page, as the iterator gets there.
+    """
+    end = blocks_of(upper.length)
+    for first, last, state in allocation_map.merged(upper._map, lower._map, offset // BLOCK, end):
+        start = first * BLOCK
+        yield start, min(last * BLOCK, upper.length) - start, state == ZERO
+
+
 def _paths(path: str | Path) -> tuple[str, str]:
     return f"{path}.data", f"{path}.map"

@@ -5,51 +5,84 @@ is copied to the disk, the disk is synced, and only then the block is forgotten,
 in hidden first and in active after it. So a commit that dies anywhere is simply
 done again from what is left.
 
+It goes window by window. What a window will copy is decided in one go, then it
+is copied by a few threads (the commit is the machine's copying speed, and the
+LUN answers meanwhile), then the disk is synced and the window forgotten.
+
 While it runs, requests go on. Writes go where `block.replication.Split` sends
-them, so the overlays only shrink; a write to a block that was copied but not
-yet forgotten is reported through `redo`, and that block stays. The last few
-blocks are done while new requests are held, so that a block that is written all
-the time cannot keep the commit from ending.
+them, so the overlays only shrink; a write to a block of the window is reported
+through `redo`, and that block stays. (So it does not matter what a thread has
+read of a block that is written meanwhile.) The last few blocks are done while
+new requests are held, so that a block that is written all the time cannot keep
+the commit from ending.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
 
 from tcmu_replication.block.gate import Gate
 from tcmu_replication.block.node import Node
-from tcmu_replication.block.overlay import Overlay
-from tcmu_replication.block.pending import settle
+from tcmu_replication.block.offload import Offload
+from tcmu_replication.block.overlay import Overlay, held_runs
+from tcmu_replication.block.pending import Pending, settle
 from tcmu_replication.errors import Error
 from tcmu_replication.jobs.job import Job, JobStatus
-from tcmu_replication.units import BLOCK, MiB
+from tcmu_replication.units import BLOCK, KiB, MiB
 
-CHUNK = 1 * MiB
-"""Copied between two turns of the event loop."""
+CHUNK = 256 * KiB
+"""Copied at once: it stays in a processor's cache between its read and its write."""
 
 WINDOW = 64 * MiB
-"""Copied between two syncs of the disk."""
+"""Copied between two syncs of the disk, at most."""
+
+RUNS = 2048
+"""The most runs in a window: deciding on it and forgetting it must not keep requests waiting."""
 
 LAST = 4 * MiB
 """When so little is left, new requests are held until it is done."""
 
+THREADS = 2
+
+
+class Run(NamedTuple):
+    """A range of whole blocks that active or hidden holds; `zero` if it is known to be zero."""
+
+    offset: int
+    length: int
+    zero: bool
+
 
 class Commit(Job):
-    """Copies what active and hidden hold to `disk`. `gate` is the top of the LUN's chain."""
+    """Copies what active and hidden hold to `disk`. `gate` is the top of the LUN's chain.
 
-    def __init__(self, name: str, active: Overlay, hidden: Overlay, disk: Node, gate: Gate) -> None:
+    With an `offload` its threads copy; without, the loop's own does, a window at a time.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        active: Overlay,
+        hidden: Overlay,
+        disk: Node,
+        gate: Gate,
+        offload: Offload | None = None,
+    ) -> None:
         super().__init__(name, "commit")
         self._active = active
         self._hidden = hidden
         self._disk = disk
         self._gate = gate
-        self._copied: list[tuple[int, int]] = []
+        self._offload = offload
+        self._window: list[Run] = []
         self._redo: set[int] = set()
 
     def redo(self, offset: int, length: int) -> None:
-        """Active was written at this range: what was copied of it has to be copied again."""
-        if self._copied:
+        """Active is written at this range: what the window has of it has to be copied again."""
+        if self._window:
             self._redo.update(range(offset // BLOCK, (offset + length - 1) // BLOCK + 1))
 
     async def run(self) -> None:
@@ -70,52 +103,71 @@ class Commit(Job):
         self.end(JobStatus.CONCLUDED)
 
     def _left(self) -> int:
-        """Bytes still to commit."""
-        return sum(length for _, length, _ in _union(self._active, self._hidden))
+        """Bytes still to commit, or a little more: what both overlays hold counts once for each."""
+        return self._active.allocated_bytes + self._hidden.allocated_bytes
 
     async def _pass(self) -> None:
         """Copy all that is there now, a window at a time."""
-        window = turn = 0
-        for offset, length, zero in _union(self._active, self._hidden):
-            self._copy(offset, length, zero)
-            window += length
-            turn += length
-            if window >= WINDOW:
-                await self._forget()
-                window = turn = 0
-            elif turn >= CHUNK:
-                await asyncio.sleep(0)
-                turn = 0
-        await self._forget()
+        offset = 0
+        while window := _window(self._active, self._hidden, offset):
+            self._window = window
+            await self._copy_window()
+            await self._forget()
+            offset = window[-1].offset + window[-1].length
 
     async def _last_pass(self) -> None:
         self._gate.hold()
         try:
             await settle(self._gate.drained())
-            for offset, length, zero in _union(self._active, self._hidden):
-                self._copy(offset, length, zero)
+            self._window = [Run(*run) for run in held_runs(self._active, self._hidden)]
+            self._copy(self._window)
             await self._forget()
         finally:
             self._gate.release()
 
-    def _copy(self, offset: int, length: int, zero: bool) -> None:
-        """Copy one run, at once: no request comes between its read and its write."""
-        self._copied.append((offset, length))
-        if zero:
-            pending = self._disk.zero(offset, length)
-        else:
-            pending = self._disk.write(offset, [self._active.fetch(offset, length)])
-        assert pending is None, "the disk takes plain writes at once"
+    async def _copy_window(self) -> None:
+        """Copy the window's runs, in threads if there are any. Their end is awaited, whatever happens."""
+        if self._offload is None:
+            self._copy(self._window)
+            await asyncio.sleep(0)
+            return
+        shares = [self._window[start::THREADS] for start in range(THREADS)]
+        copying = [
+            self._offload(partial(self._copy, share), f"commit to {self._disk.name}") for share in shares if share
+        ]
+        cancelled = False
+        while any(not pending.done for pending in copying):
+            # A thread that outlived the files that it copies between would write into others.
+            try:
+                await _ended(copying)
+            except asyncio.CancelledError:
+                cancelled = True
+        if cancelled:
+            raise asyncio.CancelledError
+        for pending in copying:
+            await pending.wait()
+
+    def _copy(self, runs: Sequence[Run]) -> None:
+        """Copy these runs. What a thread calls: it changes no state but the disk's."""
+        for offset, length, zero in runs:
+            if zero:
+                pending = self._disk.zero(offset, length)
+                assert pending is None, "the disk takes plain writes at once"
+                continue
+            for start in range(offset, offset + length, CHUNK):
+                data = self._active.fetch(start, min(CHUNK, offset + length - start))
+                pending = self._disk.write(start, [data])
+                assert pending is None, "the disk takes plain writes at once"
 
     async def _forget(self) -> None:
         """Sync the disk, then drop from the overlays what it holds now."""
         await settle(self._disk.flush())
-        for offset, length in self._copied:
+        for offset, length, _ in self._window:
             for start, run in self._settled(offset, length):
                 self._hidden.forget(start, run)
                 self._active.forget(start, run)
                 self.offset += run
-        self._copied.clear()
+        self._window = []
         self._redo.clear()
 
     def _settled(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
@@ -134,25 +186,20 @@ class Commit(Job):
             yield start, end - start
 
 
-def _union(active: Overlay, hidden: Overlay) -> Iterator[tuple[int, int, bool]]:
-    """Runs of blocks that active or hidden holds, at most CHUNK long: (offset, length, known zero).
+async def _ended(pendings: Sequence[Pending]) -> None:
+    """Wait until each has ended, well or not."""
+    for pending in pendings:
+        if not pending.done:
+            await asyncio.gather(pending.wait(), return_exceptions=True)
 
-    In order of offset. Each overlay is asked anew for each piece, so blocks that are forgotten or
-    allocated behind the iterator do not disturb it.
-    """
-    offset = 0
-    while offset < active.length:  # which may lie inside the last block
-        upper = next(active.allocated_runs(offset), None)
-        lower = next(hidden.allocated_runs(offset), None)
-        if upper is None and lower is None:
-            return
-        if lower is None or (upper is not None and upper[0] <= lower[0]):
-            assert upper is not None
-            start, length, zero = upper
-        else:
-            start, length, zero = lower
-            if upper is not None:
-                length = min(length, upper[0] - start)
-        length = min(length, CHUNK)
-        yield start, length, zero
-        offset = start + length
+
+def _window(active: Overlay, hidden: Overlay, offset: int) -> list[Run]:
+    """The next runs from `offset` on: at most RUNS, and WINDOW bytes."""
+    window: list[Run] = []
+    left = WINDOW
+    for start, length, zero in held_runs(active, hidden, offset):
+        window.append(Run(start, min(length, left), zero))
+        left -= window[-1].length
+        if not left or len(window) == RUNS:
+            break
+    return window

@@ -51,6 +51,7 @@ class Secondary:
     """One secondary. All commands are coroutines of the worker's loop and run one at a time.
 
     `roots` are the nodes that a LUN can serve, by name: where top-id is looked up.
+    `stage_changed` is called when a job has ended and the stage or the error is another one.
     """
 
     mode = Mode.SECONDARY
@@ -66,6 +67,7 @@ class Secondary:
         publish: Publish,
         withdraw: Withdraw,
         roots: Mapping[str, Node] | None = None,
+        stage_changed: Callable[[], None] = lambda: None,
     ) -> None:
         self.name = name
         self.disk = disk
@@ -82,6 +84,7 @@ class Secondary:
         self.top = Gate(self.filter)
         self._top_id = top_id
         self._roots: Mapping[str, Node] = {top_id: self.top} if roots is None else roots
+        self._stage_changed = stage_changed
         self._pair: Pair | None = None
         self._next: Pair | None = None
         self._backup: CopyBeforeWrite | None = None
@@ -108,6 +111,11 @@ class Secondary:
     def job(self) -> Commit | None:
         """The commit, running or ended."""
         return self._commit
+
+    @property
+    def forwarded(self) -> Gate | None:
+        """Where forwarded writes enter; None if none are taken."""
+        return self._export
 
     @property
     def overlay_bytes(self) -> tuple[int, int]:
@@ -391,6 +399,20 @@ class Secondary:
                 self.machine.record(reason)
                 self._save(error=self.machine.error)
             await self._end_backup()
+            self._stage_changed()
+
+    async def cancel_commit(self) -> None:
+        """End the commit before its time, as if it had failed: the LUN stays right, the next open tries again.
+
+        Raises `Error(INVALID_STATE)` if none is under way.
+        """
+        async with self._lock:
+            if self.stage is not Stage.FAILOVER or self._commit_task is None:
+                raise Error(Kind.INVALID_STATE, f"no commit of {self.name} is under way")
+            self._commit_task.cancel()
+            await asyncio.gather(self._commit_task, return_exceptions=True)
+            if self.stage is Stage.FAILOVER:
+                self._commit_failed(Error(Kind.CANCELLED, "cancelled; the worker's next start goes on with it"))
 
     # --- steps
 
@@ -445,7 +467,9 @@ class Secondary:
     def _start_commit(self) -> None:
         assert self._pair is not None
         hidden, active = self._pair
-        self._commit = Commit(f"commit-{self.name}", active, hidden, self.disk, self.top)
+        self._commit = Commit(
+            f"commit-{self.name}", active, hidden, self.disk, self.top, self._epochs.offload
+        )
         self.filter.reads = active
         self.filter.writes = Split(active, hidden, self.disk, self._commit.redo)
         self._commit_task = asyncio.create_task(self._run_commit(self._commit))
@@ -465,6 +489,7 @@ class Secondary:
         log.info("%s: commit done, %d bytes", self.name, commit.offset)
         if old is not None:
             self._remove_behind(old)
+        self._stage_changed()
 
     def _commit_failed(self, error: Error) -> None:
         """The LUN stays right from the overlays and the disk together; the next open tries again."""
@@ -475,6 +500,7 @@ class Secondary:
             self._save(stage=Stage.FAILOVER_FAILED, error=self.machine.error)
         except Error as also:
             log.error("%s: and that could not be written down: %s", self.name, also)
+        self._stage_changed()
 
     def _remove_behind(self, old: Pair) -> None:
         """Remove an epoch's files in a thread: unlinking a large sparse file takes time."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import random
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +18,9 @@ from tcmu_replication.block.faults import Faults
 from tcmu_replication.block.file import File
 from tcmu_replication.block.memory import Memory
 from tcmu_replication.block.node import Extent, Node
-from tcmu_replication.block.overlay import Overlay
+from tcmu_replication.block.overlay import Overlay, held_runs
 from tcmu_replication.errors import Error, Kind
+from tcmu_replication.units import MiB
 from tests.unit.block.conftest import HeldOffload, make_image
 
 BLOCK = 4096
@@ -452,3 +454,34 @@ def test_overlay_flush_makes_the_data_durable_before_the_map(below: Memory, tmp_
         offload.run_next()
         assert pending.done
     overlay.close()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_held_runs_of_two_overlays(tmp_path, seed):
+    rng = random.Random(seed)
+    length = 40 * MiB + 512
+    disk = Memory(length)
+    lower = Overlay.create("lower", tmp_path / "lower", disk)
+    upper = Overlay.create("upper", tmp_path / "upper", lower)
+    expected = {}
+    for overlay in (lower, upper):
+        for _ in range(60):
+            block = rng.randrange(length // BLOCK + 1)
+            offset = block * BLOCK
+            size = min(rng.choice([1, 2, 40]) * BLOCK, length - offset)
+            zero = rng.random() < 0.3
+            overlay.mark(offset, size, zero)
+            for at in range(offset, offset + size, BLOCK):
+                # What upper holds counts.
+                expected[at] = zero
+    since = rng.randrange(length // BLOCK) * BLOCK
+    found = {}
+    before = since
+    for start, size, zero in held_runs(upper, lower, since):
+        assert start >= before
+        before = start + size
+        assert size > 0
+        assert before <= length
+        for at in range(start, before, BLOCK):
+            found[at] = zero
+    assert found == {at: zero for at, zero in expected.items() if at >= since}

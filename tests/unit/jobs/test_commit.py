@@ -2,11 +2,13 @@
 
 import asyncio
 import random
+import threading
 
 import pytest
 
 from tcmu_replication.block.gate import Gate
 from tcmu_replication.block.memory import Memory
+from tcmu_replication.block.offload import Offload
 from tcmu_replication.block.overlay import Overlay
 from tcmu_replication.block.pending import Pending
 from tcmu_replication.block.replication import Split
@@ -37,10 +39,10 @@ class Switch:
         self.hidden = Overlay.create("hidden", directory / "hidden", disk)
         self.active = Overlay.create("active", directory / "active", self.hidden)
 
-    def commit(self):
+    def commit(self, offload=None):
         """The job, and the gate of the LUN."""
         gate = Gate(self.active)
-        job = Commit("commit", self.active, self.hidden, self.disk, gate)
+        job = Commit("commit", self.active, self.hidden, self.disk, gate, offload)
         split = Split(self.active, self.hidden, self.disk, job.redo)
         return job, split, gate
 
@@ -66,8 +68,9 @@ def small_steps(monkeypatch):
     monkeypatch.setattr(commits, "LAST", 128 * 1024)
 
 
+@pytest.mark.parametrize("threads", [False, True], ids=["loop", "threads"])
 @pytest.mark.parametrize("seed", range(8))
-def test_commit_under_writes_ends_with_the_disk_as_the_lun(tmp_path, seed):
+def test_commit_under_writes_ends_with_the_disk_as_the_lun(tmp_path, seed, threads):
     rng = random.Random(seed)
     disk = SlowSync(LENGTH)
     disk.data[:] = rng.randbytes(LENGTH)
@@ -82,7 +85,8 @@ def test_commit_under_writes_ends_with_the_disk_as_the_lun(tmp_path, seed):
             disk.write(start, [memoryview(rng.randbytes(length))])
 
     async def story():
-        job, split, gate = chain.commit()
+        offload = Offload() if threads else None
+        job, split, gate = chain.commit(offload)
         running = asyncio.create_task(job.run())
         checked = 0
         while not running.done():
@@ -93,6 +97,8 @@ def test_commit_under_writes_ends_with_the_disk_as_the_lun(tmp_path, seed):
                 checked += 1
             await asyncio.sleep(0)
         await running
+        if offload is not None:
+            offload.close()
         assert checked > 3
         return job
 
@@ -130,6 +136,60 @@ def test_commit_fails_with_the_disk_and_loses_nothing(tmp_path):
         assert "the medium is broken" in job.error
         assert not gate.held
         assert bytes(chain.active.fetch(0, 2 * MiB)) == b"\5" * 2 * MiB
+
+    asyncio.run(story())
+
+
+def test_commit_fails_with_a_thread_and_loses_nothing(tmp_path):
+    class Broken(Memory):
+        def write(self, offset, buffers, fua=False):
+            raise Error(Kind.IO, "the medium is broken")
+
+    async def story():
+        chain = Switch(tmp_path, Broken(LENGTH))
+        chain.active.write(0, [memoryview(b"\5" * 2 * MiB)])
+        offload = Offload()
+        job, _, _ = chain.commit(offload)
+        with pytest.raises(Error, match="the medium is broken"):
+            await job.run()
+        offload.close()
+        assert job.status is JobStatus.FAILED
+        assert bytes(chain.active.fetch(0, 2 * MiB)) == b"\5" * 2 * MiB
+
+    asyncio.run(story())
+
+
+def test_commit_cancelled_waits_for_its_threads(tmp_path):
+    class Held(Memory):
+        """A disk whose writes wait for the test, and are noted when they end."""
+
+        go = threading.Event()
+        ended = 0
+
+        def write(self, offset, buffers, fua=False):
+            assert self.go.wait(60)
+            self.ended += 1
+            return super().write(offset, buffers, fua)
+
+    async def story():
+        chain = Switch(tmp_path, Held(LENGTH))
+        chain.active.write(0, [memoryview(b"\5" * MiB)])
+        offload = Offload()
+        job, _, _ = chain.commit(offload)
+        running = asyncio.create_task(job.run())
+        await asyncio.sleep(0)
+        for _ in range(3):
+            running.cancel()
+            await asyncio.sleep(0)
+        assert not running.done()
+        chain.disk.go.set()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        assert job.status is JobStatus.CANCELLED
+        before = chain.disk.ended
+        offload.close()
+        assert chain.disk.ended == before > 0
+        assert chain.active.allocated_bytes == MiB
 
     asyncio.run(story())
 

@@ -9,6 +9,7 @@ from tcmu_replication.block.memory import Memory
 from tcmu_replication.block.node import Node
 from tcmu_replication.block.pending import Pending, settle
 from tcmu_replication.errors import Error, Kind
+from tcmu_replication.jobs import commit
 from tcmu_replication.replication import manifest as manifests
 from tcmu_replication.replication import stages
 from tcmu_replication.replication.epochs import Epochs, Pair
@@ -522,7 +523,9 @@ def test_killed_after_the_manifest_has_the_new_epoch(site, monkeypatch):
     run(story())
 
 
-def test_killed_during_the_commit_goes_on_with_it(site):
+def test_killed_during_the_commit_goes_on_with_it(site, monkeypatch):
+    monkeypatch.setattr(commit, "WINDOW", MiB)
+
     async def story():
         await started(site)
         await site.forward(0, 4 * MiB)
