@@ -32,8 +32,10 @@ from tcmu_replication.errors import Error, Kind
 
 SCSI_DEADLINE_S = 25.0
 """Before the kernel's 30 s a command is answered BUSY; whatever waits for the peer must end sooner."""
-MAX_FILE_LENGTH = 1 << 20
+MAX_FILE_LENGTH = 64 << 10
 """A resource file is a page of text; more than this is another kind of file."""
+MAX_DOTS = 64
+"""In one line. tomllib needs memory by the square of a dotted key's parts: 100,000 of them take 40 GB."""
 
 FAILOVER_MEANINGS = """\
 latest      everything that the primary had acknowledged; this host's own writes since the last
@@ -165,7 +167,7 @@ class Resource(_Resource, frozen=True, kw_only=True):
 
 def refusal(path: Path | str, key: str, found: str, expected: str) -> Error:
     """The one sentence of every wrong configuration."""
-    return Error(Kind.BAD_CONFIG, f"{path}: {key}: found {found}; expected {expected}")
+    return Error(Kind.BAD_CONFIG, f"{path}: {_line(key)}: found {_line(found)}; expected {expected}")
 
 
 def find(name: str, where: Path) -> Resource:
@@ -197,9 +199,12 @@ def load(path: Path) -> Resource:
         raise refusal(path, "file", error.strerror or str(error), "a readable resource file") from error
     if len(data) > MAX_FILE_LENGTH:
         raise refusal(path, "file", f"more than {units.format_size(MAX_FILE_LENGTH)}", "a resource file")
+    dots = max(line.count(b".") for line in data.split(b"\n"))
+    if dots > MAX_DOTS:
+        raise refusal(path, "file", f"a line with {dots} dots", f"at most {MAX_DOTS} in a line")
     try:
         document = tomllib.loads(data.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # both also for numbers too long, and nesting too deep
         raise refusal(path, "file", str(error), "TOML in UTF-8") from error
     return parse(document, path)
 
@@ -222,6 +227,9 @@ def _hosts(found: Any, path: Path) -> dict[str, Host | QemuHost]:
     expected = "two tables [host.NAME], one with mode primary and one with mode secondary"
     if not isinstance(found, dict):
         raise refusal(path, "host", "nothing" if found is None else _show(found), expected)
+    for name in found:
+        if not Name.PATTERN.match(name):
+            raise refusal(path, "host", f'a table named "{name}"', Name.expected)
     hosts = {name: _host(table, f"host.{name}", path) for name, table in found.items()}
     modes = sorted(host.mode for host in hosts.values())
     if modes != ["primary", "secondary"]:
@@ -306,13 +314,23 @@ def _expected(kind: Any) -> str:
 
 
 def _show(found: Any) -> str:
-    """A value as the file spells it, cut to a line."""
+    """A value as the file spells it."""
     if isinstance(found, dict):
         return "a table"
     if isinstance(found, bool):
         return str(found).lower()
-    text = f'"{found}"' if isinstance(found, str) else str(found)
-    return text if len(text) <= 80 else text[:77] + "..."
+    try:
+        return f'"{found}"' if isinstance(found, str) else str(found)
+    except ValueError:  # CPython converts no more than 4300 digits
+        return "a number of thousands of digits"
+
+
+def _line(text: str) -> str:
+    """What came out of a file, fit for one line of a log or a terminal."""
+    text = text[:400]
+    if not text.isprintable():
+        text = ascii(text)[1:-1]
+    return text if len(text) < 400 else text[:397] + "..."
 
 
 def _refuse_unknown(found: dict[str, Any], known: Sequence[str], prefix: str, path: Path) -> None:

@@ -66,7 +66,7 @@ class Address(str):
 
     @classmethod
     def parse(cls, value: Any) -> Address:
-        if not isinstance(value, str):
+        if not isinstance(value, str) or not value.isprintable():  # the scope behind a % may be anything
             raise ValueError
         return cls(ipaddress.ip_address(value))
 
@@ -78,7 +78,7 @@ class AbsolutePath(str):
 
     @classmethod
     def parse(cls, value: Any) -> AbsolutePath:
-        if not isinstance(value, str) or not value.startswith("/") or "\0" in value:
+        if not isinstance(value, str) or not value.startswith("/") or not value.isprintable():
             raise ValueError
         return cls(os.path.normpath(value))
 

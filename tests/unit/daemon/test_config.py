@@ -176,11 +176,19 @@ WRONG = [
     ('mode = "primary"', 'mode = "primary"\nqemu = 1', "host.alpha.qemu", "1", "true or false"),
     ('mode = "primary"', 'mode = "primary"\nqemu = true', "host.alpha.disk", "an unknown key", "qmp"),
     ("[link]", "[[link]]", "link", "[{'port': 10809}]", "a table [link]"),
+    ('size = "256 MiB"', "size = 0x" + "f" * 5000, "resource.size", "thousands of digits", "a size"),
+    ('size = "256 MiB"', 'size = "' + "1" * 5000 + '"', "resource.size", '"1111', "a size"),
+    ("port = 10809", '"po\\nrt" = 1', "link.po\\nrt", "an unknown key", '"port"'),
+    ("port = 10809", "x" * 5000 + " = 1", "link." + "x" * 392 + "...", "an unknown key", "one of port"),
+    ('mode = "primary"', 'mode = "\\u001b[31m"', "host.alpha.mode", '"\\x1b[31m"', '"primary"'),
+    ('"/dev/vdb"', '"/dev/v\\nb"', "host.alpha.disk", '"/dev/v\\nb"', "an absolute path"),
+    ('"192.0.2.1"', '"fe80::1%\\n"', "host.alpha.address", '"fe80::1%\\n"', "an IPv4 or IPv6"),
+    ("[host.alpha]", '[host."al pha"]', "host", 'named "al pha"', "1 to 64 letters"),
 ]
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "key", "found", "expected"), WRONG, ids=[f"{row[2]}-{row[3]}" for row in WRONG]
+    ("old", "new", "key", "found", "expected"), WRONG, ids=[f"{row[2]}-{row[3]}"[:60] for row in WRONG]
 )
 def test_wrong_file_is_refused_naming_file_key_found_and_expected(
     tmp_path: Path, old: str, new: str, key: str, found: str, expected: str
@@ -209,10 +217,13 @@ def test_host_table_missing_altogether(tmp_path: Path) -> None:
     [
         (b"[resource]\nname = 1 2", "line 2"),
         (b"\xff\xfe", "utf-8"),
-        (b"#" * (config.MAX_FILE_LENGTH + 1), "more than 1 MiB"),
+        (b"#" * (config.MAX_FILE_LENGTH + 1), "more than 64 KiB"),
+        (b"a." * 20_000 + b"a = 1", "a line with 20000 dots"),
+        (b"a = " + b"[" * 20_000, "recursion"),
+        (b"a = " + b"1" * 5000, "5000 digits"),
         (b"", "nothing"),
     ],
-    ids=["not-toml", "not-utf-8", "too-long", "empty"],
+    ids=["not-toml", "not-utf-8", "too-long", "dots", "deep", "digits", "empty"],
 )
 def test_file_that_is_no_resource_file(tmp_path: Path, content: bytes, said: str) -> None:
     path = tmp_path / "disk0.toml"
