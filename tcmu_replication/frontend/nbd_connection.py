@@ -34,6 +34,9 @@ MAX_OWED = 8 * MiB
 """A connection with more than this in replies and in writes under way is not read from."""
 MAX_IN_FLIGHT = 256
 """Nor is one with so many requests under way."""
+TURN = 64 * MiB
+"""Requests of this many bytes are run in one turn of the loop; then others have theirs. Reads of what is zero,
+zeroes and trims ask for gigabytes with a few bytes, thousands of times in one buffer."""
 SPARSE_FROM = 64 * KiB
 """A read of this length or more that is all zero is answered with a hole. (Asking for the extents before
 every read costs more than it saves: finding the next hole of a full file on tmpfs takes 10 ms a GiB.)"""
@@ -188,9 +191,10 @@ class Connection:
         start, end = stream.start, stream.end
         first = start
         parse = transmission.parse_request
+        left = TURN
         self._paused = False
         try:
-            while self._has_room():
+            while left > 0 and self._has_room():
                 start = self._plain_writes(memory, start, end)
                 if not self._has_room():
                     break
@@ -199,6 +203,7 @@ class Connection:
                     self._need = transmission.REQUEST_SIZE
                     return
                 flags, command, cookie, offset, length = request
+                left -= length
                 body = start + transmission.REQUEST_SIZE
                 if command == _WRITE:
                     if body + length > end:

@@ -16,7 +16,18 @@ class Call:
     a BLOCK_STATUS finds its (length, state) pairs in `extents`.
     """
 
-    __slots__ = ("_parts", "batch", "buffers", "command", "error", "extents", "flags", "length", "offset")
+    __slots__ = (
+        "_left",
+        "_parts",
+        "batch",
+        "buffers",
+        "command",
+        "error",
+        "extents",
+        "flags",
+        "length",
+        "offset",
+    )
 
     def __init__(
         self, command: Command, offset: int, length: int, buffers: Sequence[memoryview] = (), flags: int = 0
@@ -34,6 +45,7 @@ class Call:
         self.extents: list[tuple[int, int]] = []
         self.error: Error | None = None
         self._parts: list[tuple[int, int]] | None = None
+        self._left = self.length
 
     def place(self, start: int, length: int) -> list[memoryview]:
         """The parts of `buffers` for `length` bytes, `start` bytes into the call."""
@@ -50,10 +62,13 @@ class Call:
         self.error = self.error or error
 
     def take(self, offset: int, length: int) -> list[memoryview]:
-        """Where a data chunk goes. Raises Error PEER_LIED if it lies outside the call."""
+        """Where a data chunk goes. Raises Error PEER_LIED if it lies outside the call, or is more than was asked."""
         start = offset - self.offset
         if self.command != Command.READ or start < 0 or length <= 0 or start + length > self.length:
             raise Error(Kind.PEER_LIED, "data for what was not asked", offset=offset, length=length)
+        self._left -= length
+        if self._left < 0:  # a server that never ends would fill the memory, or keep us busy with zeroes
+            raise Error(Kind.PEER_LIED, "data that came twice", offset=offset, length=length)
         self._parts = self._parts or []
         self._parts.append((start, start + length))
         return self.place(start, length)

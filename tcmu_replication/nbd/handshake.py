@@ -158,7 +158,7 @@ class ServerHandshake:
                 raise _RefusedError(OptionReply.ERR_UNSUP, f"option {option} is not supported")
             return handler(self, option, data)
         except _RefusedError as refusal:
-            return _reply(option, refusal.reply, str(refusal).encode())
+            return _reply(option, refusal.reply, str(refusal).encode()[: protocol.MAX_STRING])
 
     def _find(self, name: str) -> Offer:
         """The export of that name; an empty name is the only export, if there is one."""
@@ -167,7 +167,7 @@ class ServerHandshake:
         if offer is None and not name and len(offers) == 1:
             (offer,) = offers.values()
         if offer is None:
-            raise _RefusedError(OptionReply.ERR_UNKNOWN, f"no export is named {name!r}")
+            raise _RefusedError(OptionReply.ERR_UNKNOWN, f"no export is named {name[:256]!r}")
         return offer
 
     def _agree(self, offer: Offer) -> None:

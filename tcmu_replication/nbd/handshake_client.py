@@ -263,7 +263,7 @@ def _option(option: Option, data: bytes = b"") -> bytes:
 
 
 def _said(name: str, data: bytes) -> str:
-    text = data[:256].decode(errors="replace")
+    text = protocol.sentence(data)
     return f"{name}, {text}" if text else name
 
 

@@ -203,6 +203,12 @@ MAX_REQUEST = 32 * MiB
 """The longest read or write, as QEMU's and nbdkit's; also our advertised maximum block size."""
 MAX_STRING = 4 * KiB
 """The longest string, which the specification gives."""
+MAX_SENTENCE = 1000
+"""Characters of a peer's sentence that are kept."""
+MAX_STATUS = 8 * MiB + 4
+"""The longest block status that is received: nbdkit's, of a million extents."""
+MAX_EXTENTS = 64 * KiB
+"""So many extents of a block status are kept; who wants to know of the rest asks for it."""
 MAX_OPTION = 64 * KiB
 """The longest option and option reply that is read. Real ones stay below 8 KiB and a few queries."""
 MIN_BLOCK = 1
@@ -245,6 +251,12 @@ KIND_OF_ERROR: dict[int, Kind] = {
 def kind_of_error(error: int) -> Kind:
     """The kind of an NBD error value; a value that the specification does not know is an I/O error."""
     return KIND_OF_ERROR.get(error, Kind.IO)
+
+
+def sentence(data: bytes) -> str:
+    """What a peer says to people, made fit for one line of a log."""
+    text = data[: 4 * MAX_SENTENCE].decode(errors="replace")[:MAX_SENTENCE]
+    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
 
 
 def error_name(error: int) -> str:

@@ -123,7 +123,7 @@ def parse_reply(buffer: Buffer, start: int, end: int) -> Reply | None:
     _, flags, kind, cookie, length = protocol.STRUCTURED_REPLY.unpack_from(buffer, start)
     limit = protocol.MAX_REQUEST + DATA_PREFIX if kind == Chunk.OFFSET_DATA else protocol.MAX_OPTION
     if kind == Chunk.BLOCK_STATUS:
-        limit = protocol.MAX_REQUEST
+        limit = protocol.MAX_STATUS
     if length > limit or (kind == Chunk.OFFSET_DATA and length <= DATA_PREFIX):
         raise Error(Kind.PEER_LIED, f"a reply's chunk of type {kind} has {length} bytes")
     return Reply(cookie, kind, bool(flags & protocol.CHUNK_DONE), 0, length)
@@ -140,7 +140,7 @@ def parse_error_chunk(kind: int, payload: Buffer) -> tuple[int, str]:
         raise Error(Kind.PEER_LIED, f"an error chunk of {len(payload)} bytes with a text of {length}")
     if not error:
         raise Error(Kind.PEER_LIED, "an error chunk without an error")
-    return error, bytes(payload[head : head + length]).decode(errors="replace")
+    return error, protocol.sentence(bytes(payload[head : head + length]))
 
 
 def parse_hole_chunk(payload: Buffer) -> tuple[int, int]:
@@ -154,13 +154,13 @@ def parse_hole_chunk(payload: Buffer) -> tuple[int, int]:
 
 
 def parse_status_chunk(payload: Buffer, context: int | None) -> list[tuple[int, int]]:
-    """The (length, ExtentState mask) pairs of a block status."""
+    """The first MAX_EXTENTS (length, ExtentState mask) pairs of a block status."""
     if len(payload) < 4 + protocol.CHUNK_EXTENT.size or (len(payload) - 4) % protocol.CHUNK_EXTENT.size:
         raise Error(Kind.PEER_LIED, f"a block status of {len(payload)} bytes")
     (number,) = protocol.U32.unpack_from(payload)
     if number != context:
         raise Error(Kind.PEER_LIED, f"a block status of context {number}; agreed was {context}")
-    extents = list(protocol.CHUNK_EXTENT.iter_unpack(payload[4:]))
+    extents = list(protocol.CHUNK_EXTENT.iter_unpack(payload[4 : 4 + protocol.MAX_EXTENTS * 8]))
     if not all(length for length, _ in extents):
         raise Error(Kind.PEER_LIED, "a block status with an empty extent")
     return extents

@@ -433,6 +433,29 @@ def test_client_with_too_many_slow_requests_is_not_read_from(tmp_path: Path) -> 
     live(tmp_path, body)
 
 
+def test_client_that_asks_for_much_in_few_bytes_lets_others_have_their_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nbd_connection, "TURN", MiB)
+    count = 50
+
+    async def body(it: House) -> None:
+        done: list[str] = []
+        zero, flush = it.memory.zero, it.memory.flush
+        it.memory.zero = lambda *args: done.append("zero") or zero(*args)  # type: ignore[method-assign, func-returns-value]
+        it.memory.flush = lambda: done.append("flush") or flush()  # type: ignore[method-assign, func-returns-value]
+        greedy, other = await it.client(), await it.client()
+        asks = (transmission.request(Command.WRITE_ZEROES, n, 0, MiB) for n in range(count))
+        await greedy.say(b"".join(asks))
+        await other.ask(Command.FLUSH)
+        assert await other.simple() == (7, 0)
+        assert [await greedy.simple() for _ in range(count)] == [(n, 0) for n in range(count)]
+        assert done.index("flush") < 3
+        assert done.count("zero") == count
+
+    live(tmp_path, body)
+
+
 def test_half_closed_client_gets_its_answers(tmp_path: Path) -> None:
     async def body(it: House) -> None:
         slow = it.node.delay("flush")

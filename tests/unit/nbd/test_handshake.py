@@ -224,3 +224,11 @@ def test_setting_contexts_again_replaces_them() -> None:
     handshake, _ = feed(FIXED + STRUCTURED + first + second + option(7, name_and_infos("disk0")), 1 << 20)
     assert handshake.agreed is not None
     assert not handshake.agreed.allocation
+
+
+def test_name_that_is_long_and_unprintable_is_refused_in_few_words() -> None:
+    handshake = ServerHandshake(lambda: OFFERS)
+    handshake.receive(FIXED)
+    answer = handshake.receive(option(7, name_and_infos("\x01" * 4096)))
+    assert protocol.OPTION_REPLY.unpack_from(answer)[2] == OptionReply.ERR_UNKNOWN
+    assert len(answer) <= 20 + protocol.MAX_STRING

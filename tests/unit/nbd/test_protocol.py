@@ -24,3 +24,9 @@ def test_unknown_error_is_an_io_error_with_its_number() -> None:
     assert protocol.kind_of_error(999) is Kind.IO
     assert protocol.error_name(999) == "error 999"
     assert protocol.error_name(28) == "ENOSPC"
+
+
+def test_sentence_of_a_peer_fits_a_line() -> None:
+    assert protocol.sentence("voll: ä".encode()) == "voll: ä"
+    assert protocol.sentence(b"one\nERROR two\x1b[31m\xff") == "one?ERROR two?[31m\ufffd"
+    assert protocol.sentence(b"x" * 5000) == "x" * protocol.MAX_SENTENCE

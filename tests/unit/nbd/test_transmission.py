@@ -7,7 +7,7 @@ import struct
 import pytest
 
 from tcmu_replication.errors import Error, Kind
-from tcmu_replication.nbd import transmission
+from tcmu_replication.nbd import protocol, transmission
 from tcmu_replication.nbd.protocol import Chunk, Command, CommandFlag
 from tcmu_replication.nbd.transmission import Reply
 
@@ -129,6 +129,11 @@ def test_block_status_is_read_as_it_was_built() -> None:
     built = transmission.status_chunk(COOKIE, 1, extents)
     payload = memoryview(built)[transmission.STRUCTURED_SIZE :]
     assert transmission.parse_status_chunk(payload, 1) == extents
+
+
+def test_block_status_of_too_many_extents_is_cut() -> None:
+    payload = memoryview(b"\0\0\0\1" + struct.pack(">II", 1, 0) * (protocol.MAX_EXTENTS + 9))
+    assert transmission.parse_status_chunk(payload, 1) == [(1, 0)] * protocol.MAX_EXTENTS
 
 
 def test_flags_of_a_command_leave_no_unknown_bit() -> None:
