@@ -27,13 +27,14 @@ from tcmu_replication.errors import Error
 
 
 class Failure(NamedTuple):
-    """A child's failed request, as QEMU's QUORUM_REPORT_BAD has it."""
+    """A child's failed request, as QEMU's QUORUM_REPORT_BAD has it; `final` if it is the caller's error too."""
 
     child: str
     operation: str
     offset: int
     length: int
     error: Error
+    final: bool
 
 
 class Mirror(Node):
@@ -114,8 +115,10 @@ class Mirror(Node):
             pending.then(ended)
             return whole
         assert error is not None
-        self._failed(self.disk, "read", offset, size(buffers), error)
-        if not self._drop_disk():
+        child = self.disk
+        goes_on = self._drop_disk()
+        self._failed(child, "read", offset, size(buffers), error, not goes_on)
+        if not goes_on:
             raise error
         return self._first.read(offset, buffers)
 
@@ -217,18 +220,22 @@ class Mirror(Node):
 
     def _judge(self, child: Node, operation: str, offset: int, length: int, error: Error) -> Error | None:
         """Report a child's failure; returns it if it is the caller's too."""
-        self._failed(child, operation, offset, length, error)
         if child is self.replica:
             # The filter swallows what it forwards; the local disk alone decides, as long as there is one.
-            return None if self.disk is not None else error
-        if child is self._peer:
-            return error
-        return None if self._drop_disk() else error
+            final = self.disk is None
+        elif child is self._peer:
+            final = True
+        else:
+            final = not self._drop_disk()
+        self._failed(child, operation, offset, length, error, final)
+        return error if final else None
 
-    def _failed(self, child: Node | None, operation: str, offset: int, length: int, error: Error) -> None:
+    def _failed(
+        self, child: Node | None, operation: str, offset: int, length: int, error: Error, final: bool
+    ) -> None:
         name = "?" if child is None else child.name
         self.errors[name] = self.errors.get(name, 0) + 1
-        self._report_to(Failure(name, operation, offset, length, error))
+        self._report_to(Failure(name, operation, offset, length, error, final))
 
     def _drop_disk(self) -> bool:
         """Go on without the local disk, if that is the policy and the peer can serve."""

@@ -87,6 +87,7 @@ class Primary:
         directory: Path,
         *,
         detach: bool = False,
+        failed: Callable[[Failure], None] = lambda failure: None,
     ) -> None:
         self.name = name
         self.disk = disk
@@ -95,6 +96,8 @@ class Primary:
         self._peer = peer
         self._directory = directory
         self._detach = detach
+        self._failed = failed
+        self._removed = False
         self.remote: Remote | None = None
         self.filter: Forward | None = None
         self.mirror = Mirror("mirror", disk, report=self._report, may_detach=self._may_detach)
@@ -124,6 +127,11 @@ class Primary:
     def out_of_sync_bytes(self) -> int:
         """What the secondary is known to miss, in bytes of whole blocks."""
         return 0 if self.out_of_sync is None else self.out_of_sync.here * BLOCK
+
+    @property
+    def removed(self) -> bool:
+        """Whether the replica was taken out of the mirror while replication runs."""
+        return self._removed
 
     def get_error(self) -> None:
         """Raises QEMU's "not running" or "I/O error occurred"."""
@@ -328,12 +336,68 @@ class Primary:
             return pause
 
     def _refuse_gap(self) -> None:
+        if self._removed and self.machine.error is None:
+            raise Error(
+                Kind.INVALID_STATE,
+                f"the replica of {self.name} was removed from the mirror; add it again (x-blockdev-change) or stop",
+            )
         if self.filter is not None and self.filter.gap is not None:
             raise Error(
                 Kind.INVALID_STATE,
                 f"the secondary of {self.name} misses writes ({format_size(self.out_of_sync_bytes)} are known to "
                 f"differ: {self.machine.error}); a checkpoint now would be a state that never was. Stop both ends, "
                 "copy the disk to the secondary, and start both again with --assume-clean",
+            )
+
+    async def remove_replica(self) -> None:
+        """Take the filter out of the mirror, as QEMU's x-blockdev-change does: nothing is forwarded any more.
+
+        The stage stays; what is written from now on is marked as missed by the
+        secondary, and is an error from the first such write. Raises `Error(INVALID_STATE)`.
+        """
+        async with self._lock:
+            if self.filter is None or self.stage is not Stage.RUNNING or self.mirror.detached or self._removed:
+                raise Error(Kind.INVALID_STATE, f"the mirror of {self.name} has no replica that could be removed")
+            self.top.hold()
+            try:
+                self.top.unplug()
+                await settle(self.top.drained())
+                if self.filter.gap is None:
+                    self.filter.gap = Error(Kind.PEER_LOST, "the replica was removed from the mirror")
+                self._removed = True
+            finally:
+                self.top.release()
+            log.warning("%s: the replica was removed from the mirror, nothing is forwarded", self.name)
+
+    async def add_replica(self) -> None:
+        """Put the filter back. Raises `Error(INVALID_STATE)` if the secondary has missed anything meanwhile."""
+        async with self._lock:
+            if self.filter is None or self.remote is None or not self._removed:
+                raise Error(Kind.INVALID_STATE, f"no replica of {self.name} was removed")
+            self._refuse_missed()
+            await self.verify()
+            self.top.hold()
+            try:
+                self.top.unplug()
+                await settle(self.top.drained())
+                self._refuse_missed()
+                # A flush that ended meanwhile did not reach the secondary.
+                flushed = self.remote.flush()
+                self.remote.unplug()
+                await settle(flushed)
+                self.filter.gap = None
+                self._removed = False
+            finally:
+                self.top.release()
+            log.info("%s: the replica is in the mirror again", self.name)
+
+    def _refuse_missed(self) -> None:
+        if self.machine.error is not None or self.out_of_sync_bytes:
+            raise Error(
+                Kind.INVALID_STATE,
+                f"the secondary of {self.name} misses writes ({format_size(self.out_of_sync_bytes)} are known to "
+                f"differ: {self.machine.error}). Stop both ends, copy the disk to the secondary, and start both "
+                "again with --assume-clean",
             )
 
     async def failover(self, *, latest: bool) -> bool:
@@ -373,6 +437,7 @@ class Primary:
 
     def _attach(self, remote: Remote, gap: Error | None) -> None:
         """Hang the filter below the mirror; with `gap` it only marks what the peer misses."""
+        self._removed = False
         self.remote = remote
         self.filter = Forward("replication", remote, self._missed, gap)
         self.mirror.attach(self.filter, remote)
@@ -401,6 +466,8 @@ class Primary:
 
     def _missed(self, offset: int, length: int, error: Error) -> None:
         """The filter: the peer did not get this range."""
+        if self._removed and length == 0:
+            return  # a flush of what it has
         if self.machine.error is None:
             self.machine.record(f"not forwarded: {error}")
             log.error("%s: the secondary misses writes from now on: %s", self.name, error)
@@ -431,6 +498,7 @@ class Primary:
             failure.length,
             failure.error,
         )
+        self._failed(failure)
 
     def _may_detach(self) -> bool:
         """Go on without the local disk? Only if that is the policy and the peer misses nothing."""

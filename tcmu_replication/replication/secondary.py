@@ -32,6 +32,7 @@ from tcmu_replication.block.pending import settle
 from tcmu_replication.block.replication import Closed, Replica, Split
 from tcmu_replication.errors import Error, Kind
 from tcmu_replication.jobs.commit import Commit
+from tcmu_replication.jobs.job import JobStatus
 from tcmu_replication.replication import manifest as manifests
 from tcmu_replication.replication import stages
 from tcmu_replication.replication.epochs import Epochs, Pair
@@ -411,7 +412,8 @@ class Secondary:
                 raise Error(Kind.INVALID_STATE, f"no commit of {self.name} is under way")
             self._commit_task.cancel()
             await asyncio.gather(self._commit_task, return_exceptions=True)
-            if self.stage is Stage.FAILOVER:
+            if self.stage is Stage.FAILOVER and self._commit is not None:
+                self._commit.end(JobStatus.CANCELLED, "cancelled")  # its task may not even have begun
                 self._commit_failed(Error(Kind.CANCELLED, "cancelled; the worker's next start goes on with it"))
 
     # --- steps

@@ -114,7 +114,9 @@ def test_local_failure_never_hides_behind_the_replica(disk, failures):
     pending = mirror.write(0, view(3))
     replica.end()
     assert pending.error.kind is Kind.IO
-    assert [(f.child, f.operation, f.offset, f.length) for f in failures] == [(disk.name, "write", 0, 4096)]
+    assert [(f.child, f.operation, f.offset, f.length, f.final) for f in failures] == [
+        (disk.name, "write", 0, 4096, True)
+    ]
     assert mirror.errors == {disk.name: 1}
 
 
@@ -126,6 +128,7 @@ def test_replica_failure_is_counted_and_not_the_callers(disk, failures):
     replica.end(Error(Kind.PEER_LOST, "gone"))
     assert pending.error is None
     assert mirror.errors == {"replica": 1}
+    assert not failures[0].final
 
 
 def test_read_error_is_reported_when_detach_is_not_the_policy(disk, failures):
@@ -146,6 +149,7 @@ def test_detach_serves_from_the_peer_after_a_read_error(disk, failures):
     assert mirror.read(0, [buffer]) is None
     assert bytes(buffer) == b"\7" * 4096
     assert mirror.detached
+    assert [(f.operation, f.final) for f in failures] == [("read", False)]
 
 
 def test_detach_after_a_write_error_keeps_the_write_on_the_peer(disk, failures):

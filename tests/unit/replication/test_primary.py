@@ -519,3 +519,60 @@ def test_open_that_fails_does_not_mark_the_disks_clean(site):
         assert not manifests.load(site.state).clean
 
     run(site, story)
+
+
+def test_replica_that_was_removed_gets_nothing_and_comes_back_if_it_missed_nothing(site):
+    async def story():
+        await site.engine.start(Mode.PRIMARY)
+        await site.write(0, 1)
+        await site.engine.remove_replica()
+        assert site.engine.removed
+        await settle(site.engine.top.flush())
+        site.engine.get_error()
+        with pytest.raises(Error, match="was removed from the mirror"):
+            await site.engine.checkpoint()
+        with pytest.raises(Error, match="no replica that could be removed"):
+            await site.engine.remove_replica()
+        await site.engine.add_replica()
+        assert not site.engine.removed
+        await site.write(0, 2)
+        assert site.byte(0) == (2, 2)
+        assert await site.engine.checkpoint() is not None
+
+    run(site, story)
+
+
+def test_replica_that_missed_a_write_is_not_added_again(site):
+    async def story():
+        await site.engine.start(Mode.PRIMARY)
+        await site.write(0, 1)
+        await site.engine.remove_replica()
+        await site.write(BLOCK, 2)
+        assert site.byte(BLOCK) == (2, 0)
+        assert site.engine.stage is Stage.RUNNING
+        with pytest.raises(Error, match="misses writes"):
+            await site.engine.add_replica()
+        with pytest.raises(Error, match="I/O error occurred"):
+            site.engine.get_error()
+        assert site.engine.out_of_sync_bytes == BLOCK
+        await site.reopen()
+        await site.write(2 * BLOCK, 3)
+        assert site.byte(2 * BLOCK) == (3, 0)
+        assert await site.engine.stop()
+
+    run(site, story)
+
+
+def test_failures_of_the_local_disk_are_told_with_their_meaning(site):
+    told = []
+    site.engine._failed = told.append
+
+    async def story():
+        site.disk.failing = {"write"}
+        with pytest.raises(Error, match="write failed"):
+            await site.write(BLOCK, 1)
+
+    run(site, story)
+    assert [(f.child, f.operation, f.offset, f.length, f.final) for f in told] == [
+        ("disk", "write", BLOCK, BLOCK, True)
+    ]

@@ -10,6 +10,7 @@ from tcmu_replication.block.node import Node
 from tcmu_replication.block.pending import Pending, settle
 from tcmu_replication.errors import Error, Kind
 from tcmu_replication.jobs import commit
+from tcmu_replication.jobs.job import JobStatus
 from tcmu_replication.replication import manifest as manifests
 from tcmu_replication.replication import stages
 from tcmu_replication.replication.epochs import Epochs, Pair
@@ -619,3 +620,50 @@ def test_hidden_overlay_full_fails_the_forwarded_write_and_keeps_the_checkpoint(
         assert await site.top(0) == {0x44}
 
     run(story())
+
+
+def test_commit_that_is_cancelled_leaves_the_lun_right_and_is_taken_up_again(tmp_path):
+    told = []
+    site = Site(tmp_path, stage_changed=lambda: told.append(site.engine.stage))
+    site.disk.data[:] = bytes([OLD]) * LENGTH
+
+    async def story():
+        await started(site)
+        with pytest.raises(Error, match="no commit of disk0 is under way"):
+            await site.engine.cancel_commit()
+        await site.forward(0, BLOCK)
+        await site.own(2 * BLOCK, BLOCK)
+        assert await site.engine.failover(latest=False)
+        await site.engine.cancel_commit()
+        assert site.engine.stage is Stage.FAILOVER_FAILED
+        assert site.engine.job.status is JobStatus.CANCELLED
+        assert "cancelled" in site.engine.machine.error
+        assert await site.top(0) == {OLD}
+        assert await site.top(2 * BLOCK) == {OWN}
+        await site.reopen()
+        await site.committed()
+        assert site.engine.stage is Stage.DONE
+        assert site.sec(0) == {OLD}
+        assert site.sec(2 * BLOCK) == {OWN}
+
+    run(story())
+    assert told == [Stage.FAILOVER_FAILED, Stage.DONE]
+
+
+def test_end_of_a_commit_and_of_the_backup_are_told(tmp_path):
+    told = []
+    site = Site(tmp_path, stage_changed=lambda: told.append((site.engine.stage, site.engine.machine.error)))
+
+    async def story():
+        await started(site)
+        assert site.engine.forwarded is site.export
+        await site.engine.backup_ended("gone")
+        assert site.engine.forwarded is None
+        site.disk.failing = True
+        await site.own(0, BLOCK)
+        await site.engine.failover(latest=False)
+        await site.committed()
+
+    run(story())
+    assert [stage for stage, _ in told] == [Stage.RUNNING, Stage.FAILOVER_FAILED]
+    assert told[0][1] == "gone"
