@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -19,10 +20,17 @@ class Offload:
     each other. What is queued is bounded by the requests in flight.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop | None = None, threads: int = 4) -> None:
-        """`loop` is where completions run; without it the running one."""
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop | None = None, threads: int = 4, *, niceness: int = 0
+    ) -> None:
+        """`loop` is where completions run; without it the running one.
+
+        `niceness` is added to that of the threads (nice(2) of Linux changes the calling thread alone).
+        """
         self._loop = loop or asyncio.get_running_loop()
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="offload")
+        self._pool = ThreadPoolExecutor(
+            threads, thread_name_prefix="offload", initializer=os.nice, initargs=(niceness,)
+        )
 
     def __call__(self, call: Callable[[], Any], doing: str) -> Pending:
         """Run `call()` in a thread. The Pending gets its value, or its `Error`.

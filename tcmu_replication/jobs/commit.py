@@ -46,6 +46,8 @@ LAST = 4 * MiB
 """When so little is left, new requests are held until it is done."""
 
 THREADS = 2
+NICENESS = 10
+"""For the threads of a commit: so many copy, and they make way for the loop, which serves the LUN."""
 
 
 class Run(NamedTuple):

@@ -39,14 +39,14 @@ class Pair(NamedTuple):
 
 
 class Epochs:
-    """Makes, opens and removes pairs over `disk`. `offload` is what they sync with, and what may copy them."""
+    """Makes, opens and removes pairs over `disk`."""
 
     def __init__(
         self, directory: Path, disk: Node, *, offload: Offload | None = None, limit: int | None = None
     ) -> None:
         self.directory = directory
         self._disk = disk
-        self.offload = offload
+        self._offload = offload
         self._limit = limit
 
     def _path(self, epoch: int, role: str) -> Path:
@@ -56,11 +56,11 @@ class Epochs:
         """A new, empty pair. Raises `Error` and leaves nothing behind."""
         self._remove_files(epoch)
         hidden = Overlay.create(
-            "hidden", self._path(epoch, "hidden"), self._disk, offload=self.offload, limit=self._limit
+            "hidden", self._path(epoch, "hidden"), self._disk, offload=self._offload, limit=self._limit
         )
         try:
             active = Overlay.create(
-                "active", self._path(epoch, "active"), hidden, offload=self.offload, limit=self._limit
+                "active", self._path(epoch, "active"), hidden, offload=self._offload, limit=self._limit
             )
         except Error:
             hidden.destroy()
@@ -70,11 +70,11 @@ class Epochs:
     def open(self, epoch: int) -> Pair:
         """The pair of an epoch that the manifest names. Raises `Error`."""
         hidden = Overlay(
-            "hidden", self._path(epoch, "hidden"), self._disk, offload=self.offload, limit=self._limit
+            "hidden", self._path(epoch, "hidden"), self._disk, offload=self._offload, limit=self._limit
         )
         try:
             active = Overlay(
-                "active", self._path(epoch, "active"), hidden, offload=self.offload, limit=self._limit
+                "active", self._path(epoch, "active"), hidden, offload=self._offload, limit=self._limit
             )
         except Error:
             hidden.release()

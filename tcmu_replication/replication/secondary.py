@@ -27,10 +27,12 @@ import msgspec
 from tcmu_replication.block.copy_before_write import CopyBeforeWrite
 from tcmu_replication.block.gate import Gate
 from tcmu_replication.block.node import Node
+from tcmu_replication.block.offload import Offload
 from tcmu_replication.block.overlay import Overlay
 from tcmu_replication.block.pending import settle
 from tcmu_replication.block.replication import Closed, Replica, Split
 from tcmu_replication.errors import Error, Kind
+from tcmu_replication.jobs import commit as commits
 from tcmu_replication.jobs.commit import Commit
 from tcmu_replication.jobs.job import JobStatus
 from tcmu_replication.replication import manifest as manifests
@@ -469,14 +471,13 @@ class Secondary:
     def _start_commit(self) -> None:
         assert self._pair is not None
         hidden, active = self._pair
-        self._commit = Commit(
-            f"commit-{self.name}", active, hidden, self.disk, self.top, self._epochs.offload
-        )
+        threads = Offload(threads=commits.THREADS, niceness=commits.NICENESS)
+        self._commit = Commit(f"commit-{self.name}", active, hidden, self.disk, self.top, threads)
         self.filter.reads = active
         self.filter.writes = Split(active, hidden, self.disk, self._commit.redo)
-        self._commit_task = asyncio.create_task(self._run_commit(self._commit))
+        self._commit_task = asyncio.create_task(self._run_commit(self._commit, threads))
 
-    async def _run_commit(self, commit: Commit) -> None:
+    async def _run_commit(self, commit: Commit, threads: Offload) -> None:
         """Carry the commit to its end and take the stage where that leads."""
         try:
             await commit.run()
@@ -484,6 +485,8 @@ class Secondary:
         except Error as error:
             self._commit_failed(error)
             return
+        finally:
+            threads.close()
         self.filter.reads = self.filter.writes = self.disk
         self.machine.forget_error()
         self.machine.move(Operation.COMMIT_DONE)
