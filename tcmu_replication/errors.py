@@ -83,6 +83,17 @@ KIND_OF_ERRNO: dict[int, Kind] = {
 }
 
 
+LINE = 400
+"""Characters of what came from outside that a sentence quotes."""
+
+
+def one_line(text: str, limit: int = LINE) -> str:
+    """What a peer or a file says, fit for one line of a log or a terminal: printable, not longer than `limit`."""
+    if len(text) > limit:
+        text = text[: limit - 3] + "..."
+    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
+
+
 def from_os(
     error: OSError, doing: str, *, offset: int | None = None, length: int | None = None
 ) -> Error:

@@ -28,7 +28,7 @@ from msgspec import Meta, Struct, field
 
 from tcmu_replication import units
 from tcmu_replication.daemon.config_values import AbsolutePath, Address, Listen, Name, Serial, Size
-from tcmu_replication.errors import Error, Kind
+from tcmu_replication.errors import Error, Kind, one_line
 
 SCSI_DEADLINE_S = 25.0
 """Before the kernel's 30 s a command is answered BUSY; whatever waits for the peer must end sooner."""
@@ -167,7 +167,7 @@ class Resource(_Resource, frozen=True, kw_only=True):
 
 def refusal(path: Path | str, key: str, found: str, expected: str) -> Error:
     """The one sentence of every wrong configuration."""
-    return Error(Kind.BAD_CONFIG, f"{path}: {_line(key)}: found {_line(found)}; expected {expected}")
+    return Error(Kind.BAD_CONFIG, f"{path}: {one_line(key)}: found {one_line(found)}; expected {expected}")
 
 
 def find(name: str, where: Path) -> Resource:
@@ -323,14 +323,6 @@ def _show(found: Any) -> str:
         return f'"{found}"' if isinstance(found, str) else str(found)
     except ValueError:  # CPython converts no more than 4300 digits
         return "a number of thousands of digits"
-
-
-def _line(text: str) -> str:
-    """What came out of a file, fit for one line of a log or a terminal."""
-    text = text[:400]
-    if not text.isprintable():
-        text = ascii(text)[1:-1]
-    return text if len(text) < 400 else text[:397] + "..."
 
 
 def _refuse_unknown(found: dict[str, Any], known: Sequence[str], prefix: str, path: Path) -> None:

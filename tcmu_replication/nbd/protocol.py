@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 from struct import Struct
 
-from tcmu_replication.errors import Kind
+from tcmu_replication.errors import Kind, one_line
 from tcmu_replication.units import KiB, MiB
 
 # Handshake phase
@@ -203,8 +203,6 @@ MAX_REQUEST = 32 * MiB
 """The longest read or write, as QEMU's and nbdkit's; also our advertised maximum block size."""
 MAX_STRING = 4 * KiB
 """The longest string, which the specification gives."""
-MAX_SENTENCE = 1000
-"""Characters of a peer's sentence that are kept."""
 MAX_STATUS = 8 * MiB + 4
 """The longest block status that is received: nbdkit's, of a million extents."""
 MAX_EXTENTS = 64 * KiB
@@ -254,9 +252,8 @@ def kind_of_error(error: int) -> Kind:
 
 
 def sentence(data: bytes) -> str:
-    """What a peer says to people, made fit for one line of a log."""
-    text = data[: 4 * MAX_SENTENCE].decode(errors="replace")[:MAX_SENTENCE]
-    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
+    """What a peer says to people."""
+    return one_line(data.decode(errors="replace"))
 
 
 def error_name(error: int) -> str:

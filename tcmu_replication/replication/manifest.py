@@ -12,16 +12,22 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
-from tcmu_replication.errors import Error, Kind, from_os
+from tcmu_replication.errors import Error, Kind, from_os, one_line
 from tcmu_replication.replication.stages import Mode, Stage
 
 FORMAT = 1
 """Raised when a reader of the old format would misunderstand the new one."""
 
 NAME = "manifest.json"
+
+MAX_LENGTH = 1 << 20
+"""Bytes of a file that can be a manifest; one with an error in it has about 500."""
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 
 
 class Manifest(msgspec.Struct, frozen=True, rename="kebab", forbid_unknown_fields=True):
@@ -36,9 +42,9 @@ class Manifest(msgspec.Struct, frozen=True, rename="kebab", forbid_unknown_field
     resource: str
     mode: Mode
     stage: Stage
-    length: int
+    length: Count
     generation: str = ""
-    epoch: int = 0
+    epoch: Count = 0
     error: str | None = None
     boot: str = ""
     clean: bool = False
@@ -74,9 +80,10 @@ def decode(data: bytes, path: Path) -> Manifest:
         )
     try:
         manifest = msgspec.json.decode(body, type=Manifest)
-    except msgspec.ValidationError as e:
+    except (msgspec.DecodeError, UnicodeDecodeError) as e:
         raise Error(
-            Kind.BAD_CONFIG, f"{path}: {e}; was it written by another version of tcmu-replication?"
+            Kind.BAD_CONFIG,
+            f"{path}: {one_line(str(e))}; was it written by another version of tcmu-replication?",
         ) from e
     if manifest.format != FORMAT:
         raise Error(
@@ -89,7 +96,8 @@ def load(directory: Path) -> Manifest | None:
     """The directory's manifest, or None if it has none. Raises `Error`."""
     path = directory / NAME
     try:
-        return decode(path.read_bytes(), path)
+        with open(path, "rb") as file:
+            return decode(file.read(MAX_LENGTH), path)
     except FileNotFoundError:
         return None
     except OSError as e:

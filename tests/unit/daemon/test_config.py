@@ -178,11 +178,11 @@ WRONG = [
     ("[link]", "[[link]]", "link", "[{'port': 10809}]", "a table [link]"),
     ('size = "256 MiB"', "size = 0x" + "f" * 5000, "resource.size", "thousands of digits", "a size"),
     ('size = "256 MiB"', 'size = "' + "1" * 5000 + '"', "resource.size", '"1111', "a size"),
-    ("port = 10809", '"po\\nrt" = 1', "link.po\\nrt", "an unknown key", '"port"'),
+    ("port = 10809", '"po\\nrt" = 1', "link.po?rt", "an unknown key", '"port"'),
     ("port = 10809", "x" * 5000 + " = 1", "link." + "x" * 392 + "...", "an unknown key", "one of port"),
-    ('mode = "primary"', 'mode = "\\u001b[31m"', "host.alpha.mode", '"\\x1b[31m"', '"primary"'),
-    ('"/dev/vdb"', '"/dev/v\\nb"', "host.alpha.disk", '"/dev/v\\nb"', "an absolute path"),
-    ('"192.0.2.1"', '"fe80::1%\\n"', "host.alpha.address", '"fe80::1%\\n"', "an IPv4 or IPv6"),
+    ('mode = "primary"', 'mode = "\\u001b[31m"', "host.alpha.mode", '"?[31m"', '"primary"'),
+    ('"/dev/vdb"', '"/dev/v\\nb"', "host.alpha.disk", '"/dev/v?b"', "an absolute path"),
+    ('"192.0.2.1"', '"fe80::1%\\n"', "host.alpha.address", '"fe80::1%?"', "an IPv4 or IPv6"),
     ("[host.alpha]", '[host."al pha"]', "host", 'named "al pha"', "1 to 64 letters"),
 ]
 

@@ -1,4 +1,5 @@
 import errno
+import hashlib
 
 import pytest
 
@@ -44,6 +45,33 @@ def test_other_format_is_refused(tmp_path):
     data = manifests.encode(msgspec.structs.replace(SAMPLE, format=99))
     with pytest.raises(Error, match="format 99"):
         manifests.decode(data, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"{", "truncated"),
+        (b'{"resource":"\xff"}', "utf-8"),
+        (b"[]", "Expected `object`"),
+        (b'{"a\\nb":1}', "a?b"),
+        (b'{"resource":"a","mode":"primary","stage":"none","length":-1}', "length"),
+        (b'{"resource":"a","mode":"primary","stage":"none","length":1,"epoch":-1}', "epoch"),
+    ],
+)
+def test_whole_file_that_is_no_manifest_is_refused_in_one_line(tmp_path, body, said):
+    checksum = hashlib.sha256(body).hexdigest().encode()
+    with pytest.raises(Error) as refused:
+        manifests.decode(checksum + b"\n" + body + b"\n", tmp_path)
+    assert refused.value.kind is Kind.BAD_CONFIG
+    assert said in str(refused.value)
+    assert str(refused.value).isprintable()
+
+
+def test_file_without_an_end_is_not_read_to_it(tmp_path):
+    with open(tmp_path / manifests.NAME, "wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(Error, match="not a whole manifest"):
+        manifests.load(tmp_path)
 
 
 def test_save_on_a_full_disk_keeps_the_old_one(tmp_path, monkeypatch):
