@@ -64,7 +64,8 @@ class Remote(Node):
     `reconnect_delay` and `open_timeout` (seconds, as all times here) are QEMU's
     options, 0 by default: no waiting, one attempt. `timeout` bounds an attempt to
     connect and how long the server may leave a request unanswered. `verify` is
-    awaited, within `timeout`, before each connection counts; it raises Error to refuse it.
+    awaited, within `timeout`, before each connection counts; it raises Error to refuse it,
+    and with CONFLICT to refuse it for good: then requests do not wait any longer.
     `on_state(state, reason)` hears of every change. With `tls` every connection is inside of it.
 
     A server without FUA gets a flush behind the write; without write-zeroes,
@@ -266,6 +267,10 @@ class Remote(Node):
                 return
             except Error as error:
                 self._set_state(self.state, str(error))
+                if error.kind is Kind.CONFLICT and self._patience is not None:
+                    # `verify` has found another peer than ours: no patience brings that one back.
+                    self._patience.cancel()
+                    self._give_up()
 
     def _set_state(self, state: State, reason: str) -> None:
         changed = (state, reason) != (self.state, self.reason)

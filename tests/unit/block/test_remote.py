@@ -270,7 +270,7 @@ def test_without_a_delay_requests_fail_at_once(tmp_path: Path) -> None:
 def test_connection_counts_only_when_it_is_verified(tmp_path: Path) -> None:
     async def body() -> None:
         states = States()
-        verdicts: list[Exception | None] = [None, Error(Kind.CONFLICT, "epoch 7, not 6"), ValueError("?"), None]
+        verdicts: list[Exception | None] = [None, Error(Kind.TIMED_OUT, "no answer"), ValueError("?"), None]
 
         async def verify() -> None:
             verdict = verdicts.pop(0)
@@ -284,7 +284,7 @@ def test_connection_counts_only_when_it_is_verified(tmp_path: Path) -> None:
                 await states.until(State.WAITING)
                 flush = remote.flush()
                 server.add(Export("disk0", node))
-                await states.until(State.WAITING, "epoch 7, not 6")
+                await states.until(State.WAITING, "no answer")
                 await states.until(State.WAITING, "could not be verified: ValueError")
                 await states.until(State.CONNECTED)
                 await ended(flush)

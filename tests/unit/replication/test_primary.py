@@ -358,7 +358,7 @@ def test_secondary_back_within_the_delay_loses_nothing(tmp_path):
     "change", [{"generation": "other"}, {"stage": Stage.DONE}, {"error": "lost power"}], ids=str
 )
 def test_peer_that_is_not_ours_any_more_gets_nothing(tmp_path, change):
-    site = Site(tmp_path, reconnect_delay=1.0)
+    site = Site(tmp_path, reconnect_delay=3600.0)  # which is not waited for: the answer is final
 
     async def story():
         await site.engine.start(Mode.PRIMARY)
