@@ -88,18 +88,24 @@ class Qmp:
 
 
 class Qemu:
-    """A QEMU process without a machine, and its QMP. `output` is where it writes its last words."""
+    """A QEMU process without a machine, and its QMP. `output` is where it writes its last words.
+
+    It talks to one client of a QMP socket at a time; `second_qmp` is a socket for another one.
+    """
 
     def __init__(self, directory: Path, arguments: Sequence[str], name: str = "qemu") -> None:
         self.directory = directory
         self.output = directory / f"{name}.log"
         self._servers = 0
         path = directory / f"{name}.qmp"
-        path.unlink(missing_ok=True)
+        self.second_qmp = directory / f"{name}.second.qmp"
+        for each in (path, self.second_qmp):
+            each.unlink(missing_ok=True)
         with self.output.open("ab") as log:
             self.process = subprocess.Popen(
                 [PROGRAM, "-machine", "none", "-nodefaults", "-nographic", "-S",
-                 "-qmp", f"unix:{path},server=on,wait=off", *arguments],
+                 "-qmp", f"unix:{path},server=on,wait=off",
+                 "-qmp", f"unix:{self.second_qmp},server=on,wait=off", *arguments],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
         try:
