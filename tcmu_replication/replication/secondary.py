@@ -245,6 +245,9 @@ class Secondary:
             if self.machine.ask(Operation.START) is Action.IGNORE:
                 return False
             self.machine.check_mode(mode)
+            if self._sweeper is not None:
+                # What it removes is removed by name, and may have the names of the new pair.
+                await self._sweeper
             pair = self._epochs.create(1)
             try:
                 self.check_chain(pair.active, pair.hidden)

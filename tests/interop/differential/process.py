@@ -30,11 +30,15 @@ class ProcessSide:
 
     async def open(self) -> None:
         """Begin."""
-        self._worker.start()
         self._stack.callback(self._worker.stop)
+        self._start()
+
+    def _start(self) -> None:
+        self._worker.start()
         self._control = self._stack.enter_context(Client.unix(self._worker.directory / "run/disk0.sock"))
         self._doors = NbdDoors(nbd.Nbd(str(self._worker.socket), "disk0"))
         self._stack.callback(self._doors.close)
+        self._connect()
 
     async def close(self) -> None:
         """End."""
@@ -79,6 +83,11 @@ class ProcessSide:
                     self._execute("stop")
                 self._execute("start", **{"assume-clean": True})
                 self._connect()
+            case Command.REOPEN:
+                self._worker.kill()
+                self._doors.close()
+                self._control.close()
+                self._start()
             case _:
                 raise AssertionError(f"{command} has no command of ours")
         return None

@@ -174,6 +174,8 @@ class QemuSide:
 
     def _command(self, command: Command) -> str | None:
         match command:
+            case Command.REOPEN:
+                pass
             case Command.START:
                 self.qemu.start()
                 if self.stage is Stage.NONE:
@@ -245,12 +247,15 @@ class EngineSide:
             for operation in operations:
                 faults.fail(operation, Kind.IO, offset=BAD.start, length=len(BAD))
         self._export: Node | None = None
-        self.engine = Secondary(
+        self.engine = self._make()
+
+    def _make(self) -> Secondary:
+        return Secondary(
             "disk0",
             self._disk,
             Epochs(self._overlays, self._disk, offload=self._offload),
             top_id="disk0",
-            durable=sequence.durable,
+            durable=self._sequence.durable,
             publish=self._publish,
             withdraw=self._withdraw,
         )
@@ -305,6 +310,10 @@ class EngineSide:
                 if engine.stage is Stage.RUNNING:
                     await engine.stop()
                 await engine.start(Mode.SECONDARY, anew=True)
+            case Command.REOPEN:
+                await engine.close()
+                self.engine = self._make()
+                await self.engine.open()
 
     async def requests(self, requests: Sequence[Request]) -> list[Outcome]:
         """See `Side`."""

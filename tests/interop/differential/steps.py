@@ -88,6 +88,7 @@ class Command(enum.Enum):
     FAILOVER = "failover"
     SETTLE = "wait for the end of the commit"
     RESTART = "begin a new pairing"
+    REOPEN = "end our process and start it again; QEMU goes on"
 
 
 Step = Requests | Command
@@ -115,7 +116,8 @@ REFUSED = (Command.START, Command.START_WRONG, Command.CHECKPOINT, Command.STOP,
 
 WEIGHTS: dict[Stage, dict[Command | None, int]] = {
     # None: requests
-    Stage.NONE: dict.fromkeys(REFUSED, 2) | {None: 3, Command.START: 4, Command.FAILOVER: 1},
+    Stage.NONE: dict.fromkeys(REFUSED, 2)
+    | {None: 3, Command.START: 4, Command.FAILOVER: 1, Command.REOPEN: 1},
     Stage.RUNNING: {
         None: 75,
         Command.CHECKPOINT: 10,
@@ -125,9 +127,12 @@ WEIGHTS: dict[Stage, dict[Command | None, int]] = {
         Command.FAILOVER: 4,
         Command.STOP: 2,
         Command.RESTART: 2,
+        Command.REOPEN: 3,
     },
-    Stage.FAILOVER: dict.fromkeys(REFUSED, 1) | {None: 8, Command.SETTLE: 4, Command.FAILOVER: 1},
-    Stage.DONE: dict.fromkeys(REFUSED, 1) | {None: 12, Command.FAILOVER: 1, Command.RESTART: 4},
+    Stage.FAILOVER: dict.fromkeys(REFUSED, 1)
+    | {None: 8, Command.SETTLE: 4, Command.FAILOVER: 1, Command.REOPEN: 2},
+    Stage.DONE: dict.fromkeys(REFUSED, 1)
+    | {None: 12, Command.FAILOVER: 1, Command.RESTART: 4, Command.REOPEN: 1},
 }
 MOVES = {
     (Stage.NONE, Command.START): Stage.RUNNING,

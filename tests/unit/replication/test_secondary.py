@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import threading
 
 import pytest
 
@@ -277,6 +278,30 @@ def test_start_anew_after_promotion_begins_a_new_pairing(site):
         assert site.engine.manifest.generation != first
         await site.forward(0, BLOCK, 0x44)
         assert await site.top(0) == {FORWARDED}
+
+    run(story())
+
+
+def test_start_anew_waits_until_the_overlays_of_before_are_gone(site, monkeypatch):
+    """They are removed behind, by name, and the new pair has the same names."""
+    removed, may_remove = Pair.destroy, threading.Event()
+
+    def late(pair):
+        assert may_remove.wait(10)
+        removed(pair)
+
+    async def story():
+        await started(site)
+        monkeypatch.setattr(Pair, "destroy", late)
+        await site.engine.stop()
+        again = asyncio.create_task(site.engine.start(Mode.SECONDARY, anew=True))
+        for _ in range(100):
+            await asyncio.sleep(0)
+        may_remove.set()
+        assert await again
+        await site.forward(0, BLOCK)
+        await site.reopen()
+        assert await site.top(0) == {OLD}
 
     run(story())
 
