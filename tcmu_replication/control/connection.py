@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tcmu_replication.control import framing
-from tcmu_replication.errors import Error, Kind
+from tcmu_replication.errors import Error, Kind, one_line
 from tcmu_replication.tls import sentence
 
 
@@ -111,7 +111,9 @@ class Connection(asyncio.Protocol):
         if "return" in message:
             reply.set_result(message["return"])
         else:
-            reply.set_exception(framing.error_of(message.get("error")))
+            said = framing.error_of(message.get("error"))
+            text = one_line(said.detail)  # it goes to a log and to an operator's terminal
+            reply.set_exception(Error(said.kind, text, offset=said.offset, length=said.length))
 
     def _end(self, reason: str, kind: Kind = Kind.PEER_LOST) -> None:
         if self.lost.done():

@@ -257,6 +257,8 @@ class Server:
             return session.fail(call, Error(Kind.IO, f"Internal error in '{call.command.name}': {error!r}"))
 
     def _send(self, session: Session, writer: asyncio.StreamWriter, line: bytes) -> None:
+        if writer.transport.is_closing():
+            return  # asyncio would complain of each line
         writer.write(line)
         if writer.transport.get_write_buffer_size() > MAX_UNSENT:
             log.warning("control: ended the connection of %s: it does not read", session.peer)

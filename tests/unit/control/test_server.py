@@ -228,6 +228,46 @@ def test_garbage_ends_its_connection_with_a_log_line_and_nothing_else(
     assert "ended the connection of process" in caplog.text
 
 
+@pytest.mark.parametrize("garbage", [b"hello\n", b"{]", b'{"id":NaN}'], ids=["text", "brackets", "nan"])
+def test_garbage_behind_commands_ends_the_connection_when_they_are_done(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, garbage: bytes
+) -> None:
+    async def body(worker: Worker, path: Path) -> None:
+        other = await Connection.unix(path, timeout=5)
+        reader, writer = await raw(path)
+        writer.write(b'{"execute":"qmp_capabilities"}{"execute":"checkpoint"}')
+        await worker.holding.wait()
+        writer.write(garbage)
+        assert (await other.execute("query-status"))["epoch"] == 7
+        worker.hold.set()
+        assert (await reader.read()).count(b'"return"') == 2
+        writer.close()
+        assert (await other.execute("query-status"))["epoch"] == 7
+        other.close()
+
+    with_worker(tmp_path, body)
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert "ended the connection of process" in caplog.text
+
+
+def test_client_that_goes_before_its_answers_leaves_no_line_in_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def body(worker: Worker, path: Path) -> None:
+        other = await Connection.unix(path, timeout=5)
+        _, writer = await raw(path)
+        writer.write(b'{"execute":"qmp_capabilities"}{"execute":"checkpoint"}' + 40 * b'{"execute":"start"}')
+        await worker.holding.wait()
+        writer.transport.abort()
+        worker.hold.set()
+        while len(worker.calls) < 40:
+            await other.execute("query-status")
+        other.close()
+
+    with_worker(tmp_path, body)
+    assert caplog.records == []
+
+
 def test_silent_client_is_closed_after_the_time_for_negotiation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -399,6 +439,28 @@ def test_connection_gives_up_on_a_server_that_says_nothing(tmp_path: Path) -> No
             with pytest.raises(Error) as caught:
                 await Connection.unix(path, timeout=0.01)
             assert caught.value.kind is Kind.TIMED_OUT
+
+    asyncio.run(main())
+
+
+def test_error_of_a_peer_is_one_line(tmp_path: Path) -> None:
+    async def main() -> None:
+        async def say(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(framing.greeting())
+            await reader.readline()
+            writer.write(b'{"return":{},"id":1}')
+            await reader.readline()
+            writer.write(b'{"error":{"class":"GenericError","desc":"no\\nERROR: yes\\u001b[31m"},"id":2}')
+            await reader.read()
+            writer.close()
+
+        path = tmp_path / "peer.sock"
+        async with await asyncio.start_unix_server(say, str(path)):
+            connection = await Connection.unix(path, timeout=5)
+            with pytest.raises(Error) as caught:
+                await connection.execute("peer-hello")
+            assert caught.value.detail == "no?ERROR: yes?[31m"
+            connection.close()
 
     asyncio.run(main())
 
