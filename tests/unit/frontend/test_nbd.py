@@ -485,6 +485,8 @@ def test_disconnect_ends_after_the_answers(tmp_path: Path) -> None:
 LIES = {
     "no request": bytes(28),
     "a write beyond the limit": transmission.request(Command.WRITE, 1, 0, protocol.MAX_REQUEST + 1),
+    "an option": b"IHAVEOPT" + struct.pack(">II", 7, 12) + bytes(12),
+    "a reply": transmission.simple_reply(1) + bytes(12),
     "a good request before it": transmission.request(Command.FLUSH, 1) + b"garbage" * 4,
 }
 
@@ -503,6 +505,45 @@ def test_lying_client_is_hung_up_on_with_one_line(
         assert "hung up" in line.getMessage()
         await other.ask(Command.FLUSH)
         assert await other.simple() == (7, 0)
+
+    live(tmp_path, body)
+
+
+_FIXED = b"\0\0\0\3"
+HANDSHAKE_LIES = {
+    "unknown flags": b"\0\0\0\x83",
+    "no option": _FIXED + bytes(16),
+    "a request": _FIXED + transmission.request(Command.READ, 1, 0, 512),
+    "an option too long": _FIXED + b"IHAVEOPT" + struct.pack(">II", 7, protocol.MAX_OPTION + 1),
+    "an option of an old client": b"\0\0\0\0IHAVEOPT" + struct.pack(">II", 3, 0),
+    "an unknown export": _FIXED + b"IHAVEOPT" + struct.pack(">II", 1, 5) + b"disk9",
+    "a name that is no text": _FIXED + b"IHAVEOPT" + struct.pack(">IIIH", 7, 7, 1, 0) + b"\xff",
+    "a name too long": _FIXED + b"IHAVEOPT" + struct.pack(">II", 1, 5000) + b"x" * 5000,
+    "garbage behind an option": _FIXED + b"IHAVEOPT" + struct.pack(">II", 3, 0) + b"garbage " * 2,
+}
+
+
+@pytest.mark.parametrize("row", HANDSHAKE_LIES)
+def test_lie_in_the_handshake_is_hung_up_on_with_one_line(
+    tmp_path: Path, row: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def body(it: House) -> None:
+        other = await it.client()
+        raw = Raw(it.stack.enter_context(socket.socket(socket.AF_UNIX)))
+        raw.sock.setblocking(False)
+        raw.sock.connect(it.path)
+        await raw.hear(18)
+        await raw.say(HANDSHAKE_LIES[row])
+        with contextlib.suppress(ConnectionResetError):  # if it closed with our bytes unread
+            while await raw.loop.sock_recv(raw.sock, 4096):
+                pass
+        (line,) = caplog.records
+        assert line.levelno == logging.WARNING
+        assert line.getMessage().endswith("hung up")
+        assert line.getMessage().isprintable()
+        await other.ask(Command.FLUSH)
+        assert await other.simple() == (7, 0)
+        assert it.server.connections == 1
 
     live(tmp_path, body)
 
