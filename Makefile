@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 TO ?= latest
 # What the tests and the demo use of Debian; docs/dependencies.md says what for.
 PACKAGES := user-mode-linux kmod qemu-utils qemu-system-x86 nbdkit libnbd-bin fio open-iscsi \
-	e2fsprogs xfsprogs dbus iproute2 sg3-utils python3-venv
+	e2fsprogs xfsprogs dbus iproute2 sg3-utils openssl python3-venv
 TEST_ARGS ?=
 N ?= 200
 
@@ -22,7 +22,8 @@ unit: $(VENV)/installed
 	$(BIN)/python -m pytest tests/unit tests/property $(TEST_ARGS)
 
 soak: tools $(VENV)/installed
-	TCMU_REPLICATION_SOAK=$(N) $(BIN)/python -m pytest tests/interop/test_qemu_differential.py tests/interop/test_qemu_defects.py $(TEST_ARGS)
+	TCMU_REPLICATION_SOAK=$(N) $(BIN)/python -m pytest tests/interop/test_qemu_differential.py tests/interop/test_qemu_primary.py \
+		tests/interop/test_qemu_defects.py $(TEST_ARGS)
 
 demo: tools $(VENV)/installed
 	$(BIN)/python -m tests.lab.demo --to $(TO)
