@@ -26,10 +26,13 @@ from tcmu_replication.block.node import Buffers, Node
 from tcmu_replication.block.overlay import Overlay
 from tcmu_replication.block.pending import Pending, after, attempt
 from tcmu_replication.errors import Error, Kind
-from tcmu_replication.units import BLOCK, MiB, round_down, round_up
+from tcmu_replication.units import BLOCK, KiB, MiB, round_down, round_up
 
-CHUNK = MiB
-"""The most that is copied at once; larger ranges ask first where the disk is known to be zero."""
+PIECE = 256 * KiB
+"""The most that is copied at once: it stays in a processor's cache between its read and its write."""
+
+LARGE = MiB
+"""In larger ranges the disk is asked first where it is known to be zero."""
 
 
 class Waiting(NamedTuple):
@@ -171,14 +174,13 @@ class CopyBeforeWrite(Node):
 
     def _copy(self, offset: int, length: int, save: Callable[[int, memoryview], None]) -> None:
         """Pass old content on, in pieces; in large ranges holes of the disk are not read."""
-        if length <= CHUNK:
-            save(offset, self.child.fetch(offset, length))
-            return
         end = offset + length
         while offset < end:
-            step = min(CHUNK, end - offset)
-            hole = all(extent.zero for extent in self.child.extents(offset, step))
-            save(offset, ZEROES[:step] if hole else self.child.fetch(offset, step))
+            step = min(PIECE, end - offset)
+            if length > LARGE and all(extent.zero for extent in self.child.extents(offset, step)):
+                save(offset, ZEROES[:step])
+            else:
+                save(offset, self.child.fetch(offset, step))
             offset += step
 
     # Durable pre-images.

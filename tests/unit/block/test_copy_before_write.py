@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tcmu_replication.block.copy_before_write import CHUNK, CopyBeforeWrite
+from tcmu_replication.block.copy_before_write import PIECE, CopyBeforeWrite
 from tcmu_replication.block.faults import Faults
 from tcmu_replication.block.file import File
 from tcmu_replication.block.memory import Memory
@@ -130,7 +130,7 @@ def test_cbw_of_a_large_hole_marks_zeroes_without_reading_it(tmp_path: Path) -> 
     CopyBeforeWrite(disk, hidden).zero(0, length)
     assert fetches.met == 0
     assert hidden.covers(0, length)
-    assert hidden.stored_bytes == CHUNK
+    assert hidden.stored_bytes == PIECE
     assert bytes(hidden.fetch(5 << 20, BLOCK + 1)) == b"x" * BLOCK + b"\0"
     hidden.close()
 
