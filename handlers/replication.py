@@ -7,7 +7,8 @@
     secondary   gate -> filter -> active -> hidden -> file
                 NBD server -> gate -> copy-before-write -> file
 
-Beside the LUN it offers the commands of the control socket, and on a secondary
+Beside the LUN it offers the commands of the control socket (QEMU's views of
+jobs, nodes and exports are in files of their own), and on a secondary
 the two TCP ports that only the primary's address may open, with TLS only its
 certificate. Where the peer is QEMU there is no control port.
 """
@@ -20,15 +21,17 @@ import logging
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import tcmu_replication
 from tcmu_replication.block import space
 from tcmu_replication.block.file import File
+from tcmu_replication.block.mirror import Failure
 from tcmu_replication.block.node import Node
 from tcmu_replication.block.offload import Offload
 from tcmu_replication.block.remote import Remote, State
-from tcmu_replication.control import schema
+from tcmu_replication.control import qemu_block_schema, schema
+from tcmu_replication.control.server import Handler as CommandHandler
 from tcmu_replication.control.server import Server as ControlServer
 from tcmu_replication.control.session import Session
 from tcmu_replication.daemon import config as resources
@@ -44,10 +47,17 @@ from tcmu_replication.replication.peer import ControlPeer
 from tcmu_replication.replication.primary import Peer, Primary
 from tcmu_replication.replication.qemu_peer import QemuPeer
 from tcmu_replication.replication.secondary import Secondary
-from tcmu_replication.replication.stages import Stage
+from tcmu_replication.replication.stages import Mode, Stage
 from tcmu_replication.tls import Context as Tls
 
+from .qemu_exports import Exports
+from .qemu_graph import Graph
+from .qemu_jobs import Jobs
+
 log = logging.getLogger(__name__)
+
+_QUORUM_OPERATION: dict[str, Literal["read", "write", "flush"]] = {"read": "read", "flush": "flush"}
+"""QEMU's name for what failed; the rest are writes."""
 
 
 class ReplicationHandler(Handler):
@@ -72,7 +82,8 @@ class ReplicationHandler(Handler):
         except Error:
             offload.close()
             raise
-        side: type[PairBackstore] = PrimaryBackstore if mine.mode == "primary" else SecondaryBackstore
+        side = PrimaryBackstore if mine.mode == "primary" else SecondaryBackstore
+        backstore: PairBackstore
         try:
             backstore = side(resource, context.host, disk, offload)
         except Error:
@@ -108,13 +119,17 @@ class PairBackstore(Backstore):
         self._control: ControlServer | None = None
         self._stage = engine.stage
         self._lun_server: NbdServer | None = None
-        commands = {
+        commands: dict[str, CommandHandler] = {
             "start": self._start,
             "checkpoint": self._checkpoint,
             "failover": self._failover,
             "stop": self._stop,
             "query-errors": self._query_errors,
         }
+        self._graph = Graph(resource.name, engine, disk)
+        self._qmp_jobs = Jobs(resource.name, engine, self._emit)
+        self._qmp_exports = Exports(engine, disk, self._graph, self._emit, self._qmp_tls)
+        commands |= self._graph.commands | self._qmp_jobs.commands | self._qmp_exports.commands
         super().__init__(engine.top, resource.block_size, commands, resource.serial)
 
     async def listen(self, control: ControlServer) -> None:
@@ -133,6 +148,7 @@ class PairBackstore(Backstore):
 
     async def close(self) -> None:
         """See `Backstore.close`: the replication is taken up again by the next open."""
+        await self._qmp_exports.close()
         if self._lun_server is not None:
             await self._lun_server.close()
         try:
@@ -149,6 +165,10 @@ class PairBackstore(Backstore):
         if tls is None:
             return None
         return Tls(tls.certificates, server_side=server_side, names=names, refused=refused)
+
+    def _qmp_tls(self) -> Tls | None:
+        """For an NBD server that is started over QMP."""
+        return self._tls(server_side=True)
 
     # --- commands
 
@@ -170,8 +190,8 @@ class PairBackstore(Backstore):
         if await self.engine.checkpoint() is None:
             return None
         made = self._last_checkpoint()
-        if self._control is not None and made is not None:
-            self._control.emit("REPLICATION_CHECKPOINT", made)
+        if made is not None:
+            self._emit("REPLICATION_CHECKPOINT", made)
         return made
 
     async def _query_errors(self, arguments: schema.Nothing, session: Session) -> schema.ErrorStatus:
@@ -188,11 +208,16 @@ class PairBackstore(Backstore):
         return schema.Outcome(ignored=not done, stage=self.engine.stage.value)
 
     def _tell_stage(self) -> None:
+        """The stage may be another one, by a command or by itself."""
+        stage = schema.StageChanged(
+            stage=self.engine.stage.value, epoch=self.engine.epoch, error=self.engine.machine.error
+        )
+        self._emit("REPLICATION_STAGE", stage)
+        self._qmp_jobs.changed()
+
+    def _emit(self, name: str, data: schema.Document) -> None:
         if self._control is not None:
-            stage = schema.StageChanged(
-                stage=self.engine.stage.value, epoch=self.engine.epoch, error=self.engine.machine.error
-            )
-            self._control.emit("REPLICATION_STAGE", stage)
+            self._control.emit(name, data)
 
     # --- status
 
@@ -204,7 +229,10 @@ class PairBackstore(Backstore):
                 type="nbd", device=str(self.resource.nbd.listen), in_flight=self._lun_server.in_flight
             )
             frontends = [*frontends, lun]
+        serves = engine.mode is Mode.PRIMARY or engine.stage is not Stage.NONE
         return schema.Status(
+            running=serves,
+            status="running" if serves else "prelaunch",
             resource=self.resource.name,
             host=self.host,
             mode=engine.mode.value,
@@ -280,6 +308,7 @@ class PrimaryBackstore(PairBackstore):
             peer,
             Path(mine.overlays),
             detach=resource.on_local_error == "detach",
+            failed=self._child_failed,
         )
         super().__init__(resource, host, disk, offload, engine)
 
@@ -308,8 +337,26 @@ class PrimaryBackstore(PairBackstore):
             state.value,
             text,
         )
-        if self._control is not None:
-            self._control.emit("REPLICATION_LINK", self._link())
+        self._emit("REPLICATION_LINK", self._link())
+
+    def _child_failed(self, failure: Failure) -> None:
+        """QEMU's events for a child of the mirror, in sectors of 512 bytes."""
+        start = failure.offset // 512
+        sectors = (failure.offset + failure.length + 511) // 512 - start
+        bad = qemu_block_schema.QuorumReportBad(
+            type=_QUORUM_OPERATION.get(failure.operation, "write"),
+            error=str(failure.error),
+            node_name="disk" if failure.child == self.disk.name else failure.child,
+            sector_num=start,
+            sectors_count=sectors,
+        )
+        self._emit("QUORUM_REPORT_BAD", bad)
+        if failure.final:
+            reference = self.resource.name
+            self._emit(
+                "QUORUM_FAILURE",
+                qemu_block_schema.QuorumFailure(reference=reference, sector_num=start, sectors_count=sectors),
+            )
 
     async def close(self) -> None:
         """See `Backstore.close`."""
@@ -360,6 +407,7 @@ class SecondaryBackstore(PairBackstore):
             durable=resource.durable and not space.in_memory(mine.overlays),
             publish=self._publish,
             withdraw=self._withdraw,
+            stage_changed=self._tell_stage,
         )
         super().__init__(resource, host, disk, offload, engine)
         self.commands |= {
@@ -370,10 +418,16 @@ class SecondaryBackstore(PairBackstore):
 
     async def _publish(self, node: Node) -> None:
         self._server.add(Export(self.resource.name, node, "forwarded writes", exclusive=True))
+        await self._qmp_exports.publish(node)
 
     async def _withdraw(self) -> None:
         if self.resource.name in self._server.exports:
             await self._server.remove(self.resource.name, hard=True)
+        await self._qmp_exports.withdraw()
+
+    def _qmp_tls(self) -> Tls | None:
+        """Forwarded writes are the primary's only."""
+        return self._tls(self._peer_name, self._theirs.address, server_side=True)
 
     async def listen(self, control: ControlServer) -> None:
         """See `Backstore.listen`: the two ports for the primary."""
@@ -442,10 +496,10 @@ class SecondaryBackstore(PairBackstore):
             )
         return self._state()
 
-    async def _peer_prepare(self, arguments: schema.PeerCheckpoint, session: Session) -> None:
+    async def _peer_prepare(self, arguments: schema.PeerEpoch, session: Session) -> None:
         await self.engine.prepare_checkpoint(arguments.epoch)
 
-    async def _peer_checkpoint(self, arguments: schema.PeerCheckpoint, session: Session) -> schema.PeerState:
+    async def _peer_checkpoint(self, arguments: schema.PeerEpoch, session: Session) -> schema.PeerState:
         """End the epoch, once: the primary may have to ask again when its connection was lost."""
         if arguments.epoch == self.engine.epoch:
             await self._checkpoint(schema.Nothing(), session)

@@ -8,12 +8,12 @@ is answered, and stopping a secondary without a failover succeeds.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from msgspec import UNSET
 
 from tcmu_replication.control.command import Nothing
-from tcmu_replication.control.qemu_schema import ErrorStatus, SetReplication
+from tcmu_replication.control.qemu_schema import ColoStatus, ErrorStatus, SetReplication
 from tcmu_replication.control.schema import Failover, Start
 from tcmu_replication.control.session import Session
 from tcmu_replication.errors import Error, Kind
@@ -22,6 +22,14 @@ Handler = Callable[[Any, Session], Awaitable[Any]]
 
 NEEDED = {"query-status", "start", "checkpoint", "failover", "stop", "query-errors"}
 _NUMBER = {"primary": 0, "secondary": 1}
+_COLO: dict[str, tuple[bool, Literal["none", "request", "error", "processing"]]] = {
+    "none": (False, "none"),
+    "running": (True, "none"),
+    "failover": (True, "processing"),
+    "failover-failed": (False, "error"),
+    "done": (False, "request"),
+}
+"""For each stage whether this end has a COLO mode, and the reason why it lost it."""
 
 
 def names(handlers: Mapping[str, Handler]) -> dict[str, Handler]:
@@ -58,7 +66,29 @@ def names(handlers: Mapping[str, Handler]) -> dict[str, Handler]:
     async def do_checkpoint(arguments: Nothing, session: Session) -> None:
         await handlers["checkpoint"](arguments, session)
 
+    async def query_colo_status(arguments: Nothing, session: Session) -> ColoStatus:
+        """As QEMU's: the last mode is set as soon as there is one."""
+        status = await handlers["query-status"](arguments, session)
+        active, reason = _COLO[status.stage]
+        mode: Literal["primary", "secondary"] = status.mode
+        return ColoStatus(
+            mode=mode if active else "none", last_mode="none" if status.stage == "none" else mode, reason=reason
+        )
+
+    async def lost_heartbeat(arguments: Nothing, session: Session) -> None:
+        status = await handlers["query-status"](arguments, session)
+        if status.stage == "failover":
+            raise Error(Kind.INVALID_STATE, "COLO failover is already activated")
+        if status.stage != "running":
+            raise Error(Kind.INVALID_STATE, "The feature 'colo' is not enabled")
+        if status.mode == "primary":
+            await handlers["stop"](arguments, session)
+        else:
+            await handlers["failover"](Failover(to="checkpoint"), session)
+
     return {
+        "query-colo-status": query_colo_status,
+        "x-colo-lost-heartbeat": lost_heartbeat,
         "xen-set-replication": set_replication,
         "query-xen-replication-status": query_replication_status,
         "xen-colo-do-checkpoint": do_checkpoint,

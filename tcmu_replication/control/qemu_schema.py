@@ -1,21 +1,18 @@
 """QEMU's commands and events that we have, and the documents that they carry.
 
-Source: qapi/control.json, introspect.json, migration.json, block-core.json,
-block-export.json, block.json, job.json and sockets.json of QEMU 7.2. A member
+Source: qapi/control.json, introspect.json, migration.json, job.json and
+block-core.json of QEMU 7.2; the block layer's are in `qemu_block_schema`. A member
 that QEMU has and we do not is one that would do nothing here; one that QEMU
 leaves out when it has no value is UNSET, never null.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from msgspec import UNSET, Meta, UnsetType
+from msgspec import UNSET, UnsetType
 
-from tcmu_replication.control.command import OPERATOR, PEER, Command, Document, Nothing, table
-
-UInt32 = Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
-
+from tcmu_replication.control.command import OPERATOR, PEER, Command, Count, Document, Nothing, table
 
 # --- the monitor itself (control.json, introspect.json)
 
@@ -58,27 +55,6 @@ SESSION_COMMANDS = table(
 """What every connection has."""
 
 
-# --- the mirror's failures (block-core.json); sectors have 512 bytes
-
-
-class QuorumReportBad(Document, frozen=True, kw_only=True):
-    """A child of the mirror failed; a flush has no sectors."""
-
-    type: Literal["read", "write", "flush"]
-    error: str | UnsetType = UNSET
-    node_name: str
-    sector_num: int
-    sectors_count: int
-
-
-class QuorumFailure(Document, frozen=True, kw_only=True):
-    """A request to the mirror failed: nobody whose word counts could carry it out."""
-
-    reference: str
-    sector_num: int
-    sectors_count: int
-
-
 # --- replication (migration.json)
 
 
@@ -97,13 +73,123 @@ class ErrorStatus(Document, frozen=True, kw_only=True):
     desc: str | UnsetType = UNSET
 
 
+class ColoStatus(Document, frozen=True, kw_only=True):
+    """Result of query-colo-status: this end's mode while it replicates, and why it does not any more."""
+
+    mode: Literal["none", "primary", "secondary"]
+    last_mode: Literal["none", "primary", "secondary"]
+    reason: Literal["none", "request", "error", "processing"]
+
+
 REPLICATION = table(
     Command("xen-set-replication", SetReplication, None, OPERATOR, "QEMU's start, stop and failover."),
     Command("query-xen-replication-status", Nothing, ErrorStatus, OPERATOR, "QEMU's query-errors."),
     Command("xen-colo-do-checkpoint", Nothing, None, OPERATOR, "QEMU's checkpoint."),
+    Command("query-colo-status", Nothing, ColoStatus, OPERATOR, "Whether this end replicates, and as what."),
+    Command(
+        "x-colo-lost-heartbeat", Nothing, None, OPERATOR,
+        "The peer is gone: a secondary fails over to the checkpoint, a primary goes on alone.",
+    ),
+)  # fmt: skip
+
+
+# --- jobs (job.json, block-core.json)
+
+JobState = Literal[
+    "undefined", "created", "running", "paused", "ready", "standby", "waiting", "pending", "aborting",
+    "concluded", "null",
+]  # fmt: skip
+
+
+class BlockJobInfo(Document, frozen=True, kw_only=True):
+    """A job that is under way: `offset` of `len` bytes are done. `speed` is its limit: there is none."""
+
+    type: str
+    device: str
+    len: Count
+    offset: Count
+    busy: bool
+    paused: bool
+    speed: Count
+    io_status: Literal["ok", "failed", "nospace"]
+    ready: bool
+    status: JobState
+    auto_finalize: bool
+    auto_dismiss: bool
+    error: str | UnsetType = UNSET
+
+
+class JobInfo(Document, frozen=True, kw_only=True):
+    """The same, as query-jobs has it."""
+
+    id: str
+    type: str
+    status: JobState
+    current_progress: Count
+    total_progress: Count
+    error: str | UnsetType = UNSET
+
+
+class BlockJobCancel(Document, frozen=True, kw_only=True):
+    """Arguments of block-job-cancel. Here a job always ends at once, as with QEMU's `force`."""
+
+    device: str
+    force: bool = False
+
+
+class JobId(Document, frozen=True, kw_only=True):
+    """Arguments of job-cancel."""
+
+    id: str
+
+
+class JobStatusChange(Document, frozen=True, kw_only=True):
+    """A job has another status."""
+
+    id: str
+    status: JobState
+
+
+class BlockJobEnded(Document, frozen=True, kw_only=True):
+    """A job is over; `error` if it failed."""
+
+    type: str
+    device: str
+    len: Count
+    offset: Count
+    speed: Count
+    error: str | UnsetType = UNSET
+
+
+class BlockJobError(Document, frozen=True, kw_only=True):
+    """A job could not read or write; it ends (`report`)."""
+
+    device: str
+    operation: Literal["read", "write"]
+    action: Literal["report"]
+
+
+JOBS = table(
+    Command("query-block-jobs", Nothing, list[BlockJobInfo], OPERATOR, "The jobs that are under way."),
+    Command("query-jobs", Nothing, list[JobInfo], OPERATOR, "The jobs that are under way."),
+    Command("block-job-cancel", BlockJobCancel, None, OPERATOR, "End a job before its time."),
+    Command("job-cancel", JobId, None, OPERATOR, "The same."),
 )
 
+
+class Shutdown(Document, frozen=True, kw_only=True):
+    """The worker ends."""
+
+    guest: bool
+    reason: Literal["host-qmp-quit"]
+
+
+COMMANDS = REPLICATION | JOBS
+
 EVENTS: dict[str, type[Document]] = {
-    "QUORUM_REPORT_BAD": QuorumReportBad,
-    "QUORUM_FAILURE": QuorumFailure,
+    "BLOCK_JOB_COMPLETED": BlockJobEnded,
+    "BLOCK_JOB_CANCELLED": BlockJobEnded,
+    "BLOCK_JOB_ERROR": BlockJobError,
+    "JOB_STATUS_CHANGE": JobStatusChange,
+    "SHUTDOWN": Shutdown,
 }

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from tcmu_replication.control import qemu_schema
+from tcmu_replication.control import qemu_block_schema, qemu_schema
 from tcmu_replication.control.command import (
     OPERATOR,
     PEER,
@@ -141,7 +141,10 @@ class Frontend(Document, frozen=True, kw_only=True):
 
 
 class Status(Document, frozen=True, kw_only=True):
-    """Everything about one resource on one host: what `status --json` prints."""
+    """Everything about one resource on one host: what `status --json` prints.
+
+    `running` and `status` are QEMU's members of the same name: whether the LUN serves.
+    """
 
     resource: str
     host: str
@@ -159,6 +162,8 @@ class Status(Document, frozen=True, kw_only=True):
     error: str | None = None
     last_checkpoint: Checkpoint | None = None
     frontends: list[Frontend] = []
+    running: bool = True
+    status: Literal["running", "prelaunch"] = "running"
     pid: Count
     version: str
 
@@ -171,6 +176,8 @@ class DeviceStatus(Document, frozen=True, kw_only=True):
     config: str
     size: Count
     frontends: list[Frontend] = []
+    running: bool = True
+    status: Literal["running"] = "running"
     pid: Count
     version: str
 
@@ -198,7 +205,8 @@ COMMANDS = table(
     Command("peer-hello", PeerHello, PeerState, PEER, "The primary introduces itself."),
     Command("peer-prepare", PeerEpoch, None, PEER, "Get ready for the checkpoint that ends the epoch."),
     Command("peer-checkpoint", PeerEpoch, PeerState, PEER, "End the epoch; the secondary begins the next."),
-    *qemu_schema.REPLICATION.values(),
+    *qemu_schema.COMMANDS.values(),
+    *qemu_block_schema.COMMANDS.values(),
 )
 
 DEVICE_COMMANDS = table(
@@ -224,4 +232,5 @@ EVENTS: dict[str, type[Document]] = {
     "REPLICATION_CHECKPOINT": Checkpoint,
     "REPLICATION_LINK": Link,
     **qemu_schema.EVENTS,
+    **qemu_block_schema.EVENTS,
 }

@@ -21,6 +21,7 @@ from typing import Any
 
 import tcmu_replication
 from tcmu_replication.control import lock, schema
+from tcmu_replication.control.qemu_schema import Shutdown
 from tcmu_replication.control.schema import Command
 from tcmu_replication.control.server import Handler as CommandHandler
 from tcmu_replication.control.server import Server
@@ -91,6 +92,7 @@ class Worker:
         self._device = device
         self._ended = asyncio.Event()
         self._failure: Error | None = None
+        self._control: Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
@@ -103,7 +105,7 @@ class Worker:
         if (pid := lock.holder(path)) is not None:
             raise Error(Kind.CONFLICT, f"{self.name} is already served by process {pid}")
         self.backstore = await handler.load(self.subtype).open(self.config, self.context)
-        control = Server(self._commands(self.backstore), self.backstore.table)
+        control = self._control = Server(self._commands(self.backstore), self.backstore.table)
         try:
             await control.listen_unix(path)
             await self.backstore.listen(control)
@@ -298,6 +300,8 @@ class Worker:
             await frontend.stop()
 
     async def _quit(self, arguments: schema.Nothing, session: Session) -> None:
+        if self._control is not None:
+            self._control.emit("SHUTDOWN", Shutdown(guest=False, reason="host-qmp-quit"))
         self._ended.set()
 
 

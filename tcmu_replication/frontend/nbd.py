@@ -144,6 +144,10 @@ class Server:
             self._changed.clear()
             await self._changed.wait()
 
+    def clients(self, name: str) -> int:
+        """Clients of an export that have agreed on it."""
+        return len(self._clients(name))
+
     def _clients(self, name: str) -> list[Connection]:
         return [connection for connection, export in self._connections.items() if export == name]
 

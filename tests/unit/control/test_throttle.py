@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from tcmu_replication.control import throttle
-from tcmu_replication.control.qemu_schema import QuorumFailure
+from tcmu_replication.control.qemu_block_schema import QuorumFailure
 from tcmu_replication.control.schema import Link
 from tcmu_replication.control.throttle import Throttle
 
