@@ -2,6 +2,7 @@
 # make test    everything that can be checked; what .ci/run calls (as root)
 # make bench   QEMU's replication and ours side by side; QUICK=1 for a short run (as root)
 # make soak    N random sequences on QEMU and on ours, and the longer rounds of the crash tests (as root)
+# make fuzz    every parser of outside bytes, SECONDS each
 # make lint    ruff and mypy
 PYTHON ?= python3
 VENV := .venv
@@ -12,8 +13,9 @@ PACKAGES := user-mode-linux kmod qemu-utils qemu-system-x86 nbdkit libnbd-bin fi
 	e2fsprogs xfsprogs dbus iproute2 sg3-utils openssl python3-venv
 TEST_ARGS ?=
 N ?= 200
+SECONDS ?= 60
 
-.PHONY: bench demo test soak lint unit tools clean
+.PHONY: bench demo test soak fuzz lint unit tools clean
 
 test: tools $(VENV)/installed lint
 	$(BIN)/python -m pytest $(TEST_ARGS)
@@ -24,6 +26,9 @@ unit: $(VENV)/installed
 soak: tools $(VENV)/installed
 	TCMU_REPLICATION_SOAK=$(N) $(BIN)/python -m pytest tests/interop/test_qemu_differential.py tests/interop/test_qemu_primary.py \
 		tests/interop/test_qemu_defects.py $(TEST_ARGS)
+
+fuzz: $(VENV)/fuzz
+	$(BIN)/python -m tests.fuzz.run $(SECONDS) $(TARGETS)
 
 demo: tools $(VENV)/installed
 	$(BIN)/python -m tests.lab.demo --to $(TO)
@@ -48,5 +53,9 @@ $(VENV)/installed: pyproject.toml setup.py
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@
 
+$(VENV)/fuzz: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable '.[fuzz]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis lab-logs
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis lab-logs fuzz-work

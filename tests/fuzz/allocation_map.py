@@ -1,0 +1,61 @@
+"""The map file of an overlay of a 40 MiB disk.
+
+    byte 0      bit 0: the header's checksum is put right; 1: the file has its proper size
+    the rest    16 bytes of file each: where they go (two bytes, times 8) and fourteen bytes of content;
+                what is not written is a fresh map
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+
+from tcmu_replication.block import allocation_map
+from tcmu_replication.block.allocation_map import ABSENT, CHECKSUM, HEADER, HERE, ZERO, AllocationMap
+from tcmu_replication.errors import Error, Kind
+from tests.fuzz.script import Script, told
+
+LENGTH = 40 << 20
+BLOCKS = allocation_map.blocks_of(LENGTH)
+SIZE = allocation_map.file_size(LENGTH)
+WORDS = (allocation_map.MAGIC, bytes((HERE,)) * 14, bytes((ZERO,)) * 14, LENGTH.to_bytes(8, "little"))
+MAX_LENGTH = 1024
+
+_FD = os.memfd_create("map")
+_PATH = f"/proc/{os.getpid()}/fd/{_FD}"
+
+
+def check(data: bytes) -> None:
+    """A map opens with every mark counted and none beyond the disk, or is refused; reading it changes nothing."""
+    script = Script(data)
+    flags = script.number()
+    content = bytearray(SIZE)
+    head = allocation_map.header(LENGTH)
+    content[: len(head)] = head
+    os.truncate(_FD, 0)
+    while script.left:
+        at, piece = script.number(2) * 8 % SIZE, script.take(14)
+        content[at : at + len(piece)] = piece
+    if flags & 1:
+        CHECKSUM.pack_into(content, HEADER.size, zlib.crc32(content[: HEADER.size]))
+    if flags & 2:
+        del content[SIZE:]
+    os.pwrite(_FD, content, 0)
+    try:
+        found = AllocationMap(_PATH, LENGTH)
+    except Error as error:
+        told(error, Kind.BAD_CONFIG)
+    else:
+        _look(found, content)
+        found.close()
+    assert os.pread(_FD, 2 * SIZE, 0) == content
+
+
+def _look(found: AllocationMap, content: bytearray) -> None:
+    marks = content[allocation_map.PAGE :]
+    assert (found.here, found.zero) == (marks.count(HERE), marks.count(ZERO))
+    assert found.states(0, BLOCKS) == marks[:BLOCKS]
+    runs = list(found.runs(0, BLOCKS))
+    assert [run[0] for run in runs] == [0, *(run[1] for run in runs[:-1])]
+    assert runs[-1][1] == BLOCKS
+    assert [run for run in runs if run[2] != ABSENT] == list(found.marked(0, BLOCKS))

@@ -1,0 +1,285 @@
+"""Make the first corpus of the targets from what real programs say to each other.
+
+    python -m tests.fuzz.capture      (QEMU, nbdkit and libnbd's tools must be installed)
+
+Every program talks to ours through a relay that keeps both directions. What
+no real peer can be asked for here (ring entries, a map, a manifest) is written
+by our own code; README.md in the corpus's folder says what is what.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import struct
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+from tcmu_replication.block import allocation_map
+from tcmu_replication.block.memory import Memory
+from tcmu_replication.block.remote_queue import Queue
+from tcmu_replication.control import schema
+from tcmu_replication.control.connection import Connection as ControlConnection
+from tcmu_replication.control.server import Server as ControlServer
+from tcmu_replication.errors import Error, Kind
+from tcmu_replication.frontend.nbd import Export, Server
+from tcmu_replication.nbd.client import Session
+from tcmu_replication.nbd.connect import connect
+from tcmu_replication.nbd.handshake import ServerHandshake
+from tcmu_replication.nbd.handshake_client import ClientHandshake
+from tcmu_replication.nbd.protocol import GREETING
+from tcmu_replication.nbd.uri import Unix
+from tcmu_replication.replication.manifest import Manifest, encode
+from tcmu_replication.replication.stages import Mode, Stage
+from tcmu_replication.scsi.commands import COMMANDS
+from tcmu_replication.tcmu import layout
+from tests.fuzz import CORPUS, nbd_replies, nbd_requests, tcmu_ring
+from tests.support.fake_kernel import FakeKernel
+from tests.support.tools import run, server
+from tests.unit.control.documents import status
+
+LONGEST = 16 << 10
+"""Inputs are cut here: what comes later in a conversation is more of the same."""
+
+
+class Relay:
+    """Stands between a client and a server at `there`; `said` are (client's, server's) bytes, a pair a connection."""
+
+    def __init__(self, there: Path) -> None:
+        self._there = there
+        self.said: list[tuple[bytearray, bytearray]] = []
+
+    async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection."""
+        reader2, writer2 = await asyncio.open_unix_connection(str(self._there))
+        pair = (bytearray(), bytearray())
+        self.said.append(pair)
+        await asyncio.gather(_copy(reader, writer2, pair[0]), _copy(reader2, writer, pair[1]))
+
+
+async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, kept: bytearray) -> None:
+    with contextlib.suppress(OSError):
+        while data := await reader.read(1 << 16):
+            kept += data
+            writer.write(data)
+            await writer.drain()
+    writer.close()
+
+
+@contextlib.asynccontextmanager
+async def relayed(there: Path) -> AsyncIterator[tuple[Relay, Path]]:
+    """A relay to `there` and where it listens."""
+    relay, here = Relay(there), there.with_suffix(".relay")
+    listener = await asyncio.start_unix_server(relay.accept, str(here))
+    try:
+        yield relay, here
+    finally:
+        listener.close()
+        here.unlink()
+
+
+def keep(target: str, name: str, *parts: bytes) -> None:
+    """One input, unless another name has the same."""
+    folder = CORPUS / target
+    folder.mkdir(parents=True, exist_ok=True)
+    data = b"".join(parts)[:LONGEST]
+    if not any(path.name != name and path.read_bytes() == data for path in folder.iterdir()):
+        (folder / name).write_bytes(data)
+
+
+CLIENTS: dict[str, tuple[str, ...]] = {
+    "nbdinfo": ("nbdinfo", "{uri}"),
+    "nbdinfo-list": ("nbdinfo", "--list", "--no-content", "{root}"),
+    "nbdinfo-map": ("nbdinfo", "--map", "{uri}"),
+    "nbdcopy-from": ("nbdcopy", "--connections=1", "--request-size=4096", "{uri}", "null:"),
+    "nbdcopy-to": ("nbdcopy", "--connections=1", "--request-size=4096", "{image}", "{uri}"),
+    "qemu-img-info": ("qemu-img", "info", "{uri}"),
+    "qemu-img-map": (
+        *("qemu-img", "map", "--image-opts"),
+        "driver=raw,file.driver=nbd,file.path={path},file.export=disk0",
+    ),
+    "qemu-io": (
+        *("qemu-io", "-f", "raw", "{uri}", "-c", "write -f -P 1 0 4k", "-c", "write -z 4k 8k"),
+        *("-c", "write -z -u 16k 4k", "-c", "discard 8k 4k", "-c", "flush", "-c", "read 100 1000"),
+    ),
+}
+
+
+async def clients(folder: Path) -> None:
+    """Other people's clients of our server."""
+    image = folder / "image"
+    image.write_bytes(bytes(4096) + b"x" * 4096 + bytes(8192))
+    exports = [Export("disk0", Memory(nbd_requests.LENGTH)), Export("disk1", Memory(512))]
+    ours = Server(exports)
+    there = folder / "ours.sock"
+    await ours.listen_unix(str(there))
+    for name, words in CLIENTS.items():
+        async with relayed(there) as (relay, here):
+            places = {
+                "uri": f"nbd+unix:///disk0?socket={here}",
+                "root": f"nbd+unix://?socket={here}",
+                "image": str(image),
+                "path": str(here),
+            }
+            await run(*(word.format(**places) for word in words))
+            for number, (said, _) in enumerate(relay.said):
+                handshake = ServerHandshake(lambda: {e.name: e.offer() for e in exports})
+                with contextlib.suppress(AssertionError):
+                    handshake.receive(bytes(said))
+                rest = handshake.rest
+                head = bytes(said[: len(said) - len(rest)])
+                keep("nbd_server_handshake", f"{name}-{number}", b"\0\0", head)
+                if rest:
+                    keep("nbd_requests", f"{name}-{number}", b"\3\0\0\0", rest)
+    await ours.close()
+
+
+SERVERS: dict[str, tuple[str, ...]] = {
+    "qemu-nbd": ("qemu-nbd", "-f", "raw", "-k", "{socket}", "-x", "disk0", "-t", "-e", "9", "{image}"),
+    "nbdkit": ("nbdkit", "-f", "-U", "{socket}", "-e", "disk0", "memory", "1M"),
+    "nbdkit-old": ("nbdkit", "-f", "-U", "{socket}", "--mask-handshake=0", "memory", "1M"),
+    "nbdkit-no-structured": ("nbdkit", "-f", "-U", "{socket}", "--no-sr", "memory", "1M"),
+    "nbdkit-errors": ("nbdkit", "-f", "-U", "{socket}", "--filter=error", "memory", "1M", "error-rate=100%"),
+    "nbdkit-holes": ("nbdkit", "-f", "-U", "{socket}", "--filter=noparallel", "null", "1M"),
+}
+
+
+async def servers(folder: Path) -> None:
+    """Our client and other people's servers."""
+    image = folder / "server.img"
+    image.write_bytes(bytes(nbd_replies.LENGTH))
+    for name, words in SERVERS.items():
+        there = folder / f"{name}.sock"
+        command = [word.format(socket=there, image=image) for word in words]
+        async with server(*command, socket=there), relayed(there) as (relay, here):
+            sock, agreement, rest = await connect(Unix(str(here)), "disk0", timeout_s=10)
+            queue = Queue(16)
+            made, _ = nbd_replies.requests(queue)
+            session = Session(
+                sock, agreement, rest, timeout_s=10, answered=lambda: None, lost=lambda error: None
+            )
+            pendings = [queue.add(request) for request in made]
+            queue.send(session)
+            for pending in pendings:
+                with contextlib.suppress(Error):
+                    await pending.wait()
+            session.close()
+            ((_, said),) = relay.said
+            handshake = ClientHandshake("disk0")
+            handshake.receive(bytes(said))
+            rest = handshake.rest
+            head = bytes(said[: len(said) - len(rest)])
+            keep("nbd_client_handshake", name, b"\0\0", head)
+            flags = agreement.structured | 2 * (agreement.allocation_id is not None)
+            keep("nbd_replies", name, bytes((flags, 0, 0)), rest)
+        there.unlink(missing_ok=True)
+        async with server(*command, socket=there), relayed(there) as (relay, here):
+            with contextlib.suppress(Error):
+                await connect(Unix(str(here)), "missing", timeout_s=10)
+            keep("nbd_client_handshake", f"{name}-missing", b"\0\0", bytes(relay.said[0][1]))
+    for name, answer in (("starttls", 1), ("no-starttls", 0x80000001)):
+        greeting = GREETING.pack(0x4E42444D41474943, 0x49484156454F5054, 3)
+        reply = struct.pack(">QIII", 0x3E889045565A9, 5, answer, 0)
+        keep("nbd_client_handshake", name, b"\1\0", greeting, reply)
+
+
+async def control(folder: Path) -> None:
+    """QEMU's client library on our control server, and our client on QEMU's monitor."""
+    from qemu.qmp import QMPClient
+    from qemu.qmp.qmp_client import ExecuteError
+
+    async def answer(arguments: object, session: object) -> object:
+        return status()
+
+    async def refuse(arguments: object, session: object) -> None:
+        raise Error(Kind.INVALID_STATE, "not now")
+
+    ours = ControlServer({"query-status": answer, "checkpoint": refuse, "start": refuse, "failover": refuse})
+    there = folder / "control.sock"
+    await ours.listen_unix(there)
+    async with relayed(there) as (relay, here):
+        client = QMPClient("capture")
+        await client.connect(str(here))
+        await client.execute("query-status")
+        for name, arguments in (("failover", {"to": "latest"}), ("start", {"assume-clean": True}), ("nothing", {})):
+            with contextlib.suppress(ExecuteError):
+                await client.execute(name, arguments)
+        await client.disconnect()
+        ours.emit("REPLICATION_STAGE", schema.StageChanged(stage="running", epoch=1))
+        ((said, answered),) = relay.said
+    keep("control_requests", "qemu-qmp", b"\0\0", bytes(said))
+    keep("control_replies", "ours", b"\0", bytes(answered))
+    for row in schema.COMMANDS.values():
+        request = json.dumps({"execute": row.name, "arguments": {}, "id": 1}).encode()
+        keep("control_requests", f"command-{row.name}", b"\2\0", request)
+    await ours.close()
+    monitor = folder / "monitor.sock"
+    words = ("-machine", "none", "-display", "none", "-qmp", f"unix:{monitor},server=on,wait=off")
+    async with server("qemu-system-x86_64", *words, socket=monitor), relayed(monitor) as (relay, here):
+        connection = await ControlConnection.unix(here, timeout=10)
+        for command in ("query-status", "query-block-jobs", "nothing"):
+            with contextlib.suppress(Error):
+                await connection.execute(command, timeout=10)
+        connection.close()
+        ((_, answered),) = relay.said
+    keep("control_replies", "qemu", b"\0", bytes(answered))
+
+
+def commands() -> Sequence[bytes]:
+    """A CDB of each command of the table, for one block where it has any."""
+    return [
+        row.encode(
+            **({"blocks": 1} if "blocks" in row.by_name else {}),
+            **{f: 96 for f in ("allocation_length", "parameter_list_length") if f in row.by_name},
+        )
+        for row in COMMANDS
+    ]
+
+
+def own() -> None:
+    """What our own code writes."""
+    for row, cdb in zip(COMMANDS, commands(), strict=True):
+        name = row.name.lower().translate(str.maketrans(" ", "-", "()/"))
+        one = bytes((len(cdb),)) + cdb + struct.pack(">HH", 4096, 1024) + bytes(1024)
+        keep("scsi_commands", name, b"\0", one)
+    for name, queue in (("reads", (bytes((0x28, *bytes(6), 0, 8, 0)), 4096)), ("inquiry", (b"\x12\0\0\0\x60\0", 96))):
+        kernel = FakeKernel(tcmu_ring.RING, tcmu_ring.DATA)
+        for _ in range(3):
+            kernel.queue(queue[0], in_length=queue[1])
+        kernel.unknown()
+        kernel.abort([1, 2])
+        head = kernel.memory[:68].cast("I")[layout.HEAD_WORD]
+        end = layout.MAILBOX_SIZE + head
+        keep("tcmu_ring", name, bytes((0, head // 8)), bytes(kernel.memory[layout.MAILBOX_SIZE : end]))
+        keep("tcmu_ring", f"{name}-mailbox", b"\1\0", bytes(kernel.memory[:68]), bytes(kernel.memory[128:end]))
+    kernel = FakeKernel(tcmu_ring.RING, tcmu_ring.DATA)
+    kernel.queue(bytes((0x2A, *bytes(6), 0, 16, 0)), bytes(8192))
+    kernel.queue(bytes((0x7F, *bytes(6), 24, *bytes(24))), in_length=512)
+    kernel.queue(bytes((0x2A, *bytes(9))), bytes(512), 512, bidi=True)
+    head = kernel.memory[:68].cast("I")[layout.HEAD_WORD]
+    keep("tcmu_ring", "write-long-bidi", bytes((2, head // 8)), bytes(kernel.memory[128 : 128 + head]))
+    whole = Manifest("disk0", Mode.SECONDARY, Stage.RUNNING, 1 << 28, "3f2a", 7, "no", "b", True, "p", "t", 1.5)
+    signed = encode(whole)
+    keep("manifest", "file", b"\0", signed)
+    keep("manifest", "body", b"\1", signed.split(b"\n")[1])
+    keep("allocation_map", "fresh", b"\2")
+    keep("allocation_map", "marks", b"\2", b"\2\0" + b"\1\2" * 7, b"\5\0" + b"\0\1" * 7, b"\x02\x40" + b"\1" * 14)
+    keep("allocation_map", "short", b"\0", b"\2\0" + b"\2" * 14)
+    keep("allocation_map", "other-header", b"\3", b"\0\0" + allocation_map.header(1 << 20)[:14])
+    example = Path(__file__).parents[2] / "contrib/resources/disk0.toml"
+    keep("resource_file", "example", example.read_bytes())
+
+
+async def main() -> None:
+    """All of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        await clients(Path(folder))
+        await servers(Path(folder))
+        await control(Path(folder))
+    own()
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
