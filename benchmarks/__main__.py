@@ -32,8 +32,6 @@ PRIORITY = -15
 def main(name: str, only: str | None, rounds: int | None, out: Path) -> None:
     """Compare QEMU's replication with ours, and both with the machine's limits."""
     chosen = SCALES[name] if rounds is None else SCALES[name]._replace(rounds=rounds)
-    with contextlib.suppress(PermissionError):
-        os.nice(PRIORITY)
     facts = machine.facts() | {"scale": name} | chosen._asdict()
     samples = []
     for sample in run(chosen, None if only is None else set(only.split(","))):
@@ -80,4 +78,6 @@ def _subtitle(facts: dict[str, object]) -> str:
 
 
 if __name__ == "__main__":
+    with contextlib.suppress(PermissionError):
+        os.nice(PRIORITY)
     main()

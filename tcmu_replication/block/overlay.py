@@ -123,7 +123,7 @@ class Overlay(Node):
 
     def read(self, offset: int, buffers: Buffers) -> Pending | None:
         """See `Node.read`."""
-        length = size(buffers)
+        length = len(buffers[0]) if len(buffers) == 1 else size(buffers)
         first, last = offset // BLOCK, (offset + length - 1) // BLOCK + 1
         if last - first == 1:
             state = self._map.state(first)
@@ -151,7 +151,7 @@ class Overlay(Node):
 
     def write(self, offset: int, buffers: Buffers, fua: bool = False) -> Pending | None:
         """See `Node.write`. Raises `Error` NO_SPACE at the limit or on a full filesystem."""
-        end = offset + size(buffers)
+        end = offset + (len(buffers[0]) if len(buffers) == 1 else size(buffers))
         first, last = offset // BLOCK, (end - 1) // BLOCK + 1
         states = self._map.states(first, last)
         fresh = last - first - states.count(HERE)

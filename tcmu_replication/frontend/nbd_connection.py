@@ -44,6 +44,7 @@ STATUS_SPAN = 256 * MiB
 """A block status tells about this much at most, to bound its time; clients ask again for the rest."""
 
 _FUA = int(CommandFlag.FUA)
+_READ = int(Command.READ)
 _WRITE = int(Command.WRITE)
 _HEAD = transmission.REQUEST_SIZE
 _SIMPLE = transmission.SIMPLE_SIZE
@@ -195,7 +196,7 @@ class Connection:
         self._paused = False
         try:
             while left > 0 and self._has_room():
-                start = self._plain_writes(memory, start, end)
+                start = self._plain(memory, start, end)
                 if not self._has_room():
                     break
                 request = parse(data, start, end)
@@ -225,43 +226,41 @@ class Connection:
             if start != first:
                 self.node.unplug()
 
-    def _plain_writes(self, memory: Memory, start: int, end: int) -> int:
-        """Run the writes that are complete and in order from `start` on, and say where they end.
+    def _plain(self, memory: Memory, start: int, end: int) -> int:
+        """Run the reads and writes that are complete and in order from `start` on, and say where they end.
 
-        That is most of what a client sends. Whatever else a request is, is left to `_run`.
+        That is nearly all that a client sends. Whatever else a request is, is left to `_run`.
         """
-        if self._read_only:
-            return start
         data, view = memory.data, memory.view
-        write, limit = self.node.write, self.node.length
-        ended: list[int] = []
+        write, limit, read_only = self.node.write, self.node.length, self._read_only
+        written: list[int] = []
         while end - start >= _HEAD:
             magic, flags, command, cookie, offset, length = _unpack_request(data, start)
-            body = start + _HEAD
-            behind = body + length
-            if (
-                behind > end
-                or command != _WRITE
-                or flags
-                or magic != protocol.REQUEST_MAGIC
-                or not length
-                or offset + length > limit
-            ):
+            if magic != protocol.REQUEST_MAGIC or flags or not length or offset + length > limit:
                 break
-            start = behind
+            behind = start + _HEAD
             try:
-                pending = write(offset, (view[body:behind],))
+                if command == _WRITE:
+                    body, behind = behind, behind + length
+                    if behind > end or read_only:
+                        break
+                    start = behind
+                    pending = write(offset, (view[body:behind],))
+                    if pending is None:
+                        written.append(cookie)
+                        continue
+                    self._wait_for_write(pending, cookie, length, memory)
+                elif command == _READ and length <= protocol.MAX_REQUEST:
+                    start = behind
+                    self._fetch(flags, cookie, offset, length)
+                else:
+                    break
             except Error as error:
                 self._fail(cookie, error)
-                continue
-            if pending is None:
-                ended.append(cookie)
-            else:
-                self._wait_for_write(pending, cookie, length, memory)
-                if not self._has_room():
-                    break
-        if ended:
-            self._succeed_all(ended)
+            if not self._has_room():
+                break
+        if written:
+            self._succeed_all(written)
         return start
 
     def _dispatch(self, command: int, flags: int, cookie: int, offset: int, length: int) -> None:
@@ -315,6 +314,10 @@ class Connection:
         self._check(offset, length)
         if length > protocol.MAX_REQUEST:
             raise Error(Kind.BAD_REQUEST, f"a read of {length} bytes; the limit is {protocol.MAX_REQUEST}")
+        self._fetch(flags, cookie, offset, length)
+
+    def _fetch(self, flags: int, cookie: int, offset: int, length: int) -> None:
+        """A read whose range is known to be good."""
         out = self._out
         head = _DATA_HEAD if self._structured else _SIMPLE
         at = out.reserve(head + length)
@@ -322,11 +325,11 @@ class Connection:
         data = memory.data
         body = at + head
         try:
-            pending = self.node.read(offset, [memory.view[body : body + length]])
+            pending = self.node.read(offset, (memory.view[body : body + length],))
         except Error:
             out.cancel(at)
             raise
-        sparse = self._structured and length >= SPARSE_FROM and not flags & CommandFlag.DF
+        sparse = length >= SPARSE_FROM and self._structured and not flags & CommandFlag.DF
         if pending is None:
             if sparse and is_zero(data, body, body + length):
                 out.cancel(at)
