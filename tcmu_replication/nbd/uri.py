@@ -1,6 +1,6 @@
-"""NBD addresses: nbd://host[:port]/export and nbd+unix:///export?socket=path.
+"""NBD addresses: nbd://host[:port]/export and nbd+unix:///export?socket=path, with TLS nbds and nbds+unix.
 
-Source: doc/uri.md of the NBD project. TLS's schemes (nbds) are refused.
+Source: doc/uri.md of the NBD project. Where certificates are is nothing of a URI's here.
 """
 
 from __future__ import annotations
@@ -35,8 +35,16 @@ class Unix(NamedTuple):
 Address = Tcp | Unix
 
 
-def parse(text: str) -> tuple[Address, str]:
-    """The address and the export's name. Raises Error BAD_CONFIG that says what was expected."""
+class Uri(NamedTuple):
+    """Where an export is; `tls`: it may be spoken to inside of TLS only."""
+
+    address: Address
+    export: str
+    tls: bool = False
+
+
+def parse(text: str) -> Uri:
+    """The parts of a URI. Raises Error BAD_CONFIG that says what was expected."""
     try:
         parts = urlsplit(text)
         host, port = parts.hostname, parts.port
@@ -44,32 +52,34 @@ def parse(text: str) -> tuple[Address, str]:
     except ValueError as error:
         raise _wrong(text, str(error)) from error
     export = unquote(parts.path.removeprefix("/"))
-    if parts.scheme == "nbd":
+    tls = parts.scheme.startswith("nbds")
+    if parts.scheme in ("nbd", "nbds"):
         if not host:
             raise _wrong(text, "it names no host")
         if parts.query:
             raise _wrong(text, "nbd:// takes no query; a socket belongs to nbd+unix://")
-        return Tcp(host, DEFAULT_PORT if port is None else port), export
-    if parts.scheme == "nbd+unix":
+        return Uri(Tcp(host, DEFAULT_PORT if port is None else port), export, tls)
+    if parts.scheme in ("nbd+unix", "nbds+unix"):
         if parts.netloc:
             raise _wrong(text, "nbd+unix:/// names no host")
         if list(query) != ["socket"] or len(query["socket"]) != 1 or not query["socket"][0]:
             raise _wrong(text, "it needs ?socket=PATH and nothing else")
-        return Unix(query["socket"][0]), export
+        return Uri(Unix(query["socket"][0]), export, tls)
     raise _wrong(text, f"the scheme {parts.scheme!r} is not known")
 
 
-def format(address: Address, export: str) -> str:
+def format(address: Address, export: str, tls: bool = False) -> str:
     """The URI of an export; `parse` reads it back."""
+    scheme = "nbds" if tls else "nbd"
     name = quote(export, safe="")
     if isinstance(address, Unix):
-        return f"nbd+unix:///{name}?socket={quote(address.path)}"
-    return f"nbd://{address}/{name}"
+        return f"{scheme}+unix:///{name}?socket={quote(address.path)}"
+    return f"{scheme}://{address}/{name}"
 
 
 def _wrong(text: str, why: str) -> Error:
     return Error(
         Kind.BAD_CONFIG,
         f"{text!r} is not an NBD address: {why}; "
-        "expected nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH",
+        "expected nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH, with TLS nbds and nbds+unix",
     )

@@ -6,23 +6,26 @@ import pytest
 
 from tcmu_replication.errors import Error, Kind
 from tcmu_replication.nbd import uri
-from tcmu_replication.nbd.uri import Tcp, Unix
+from tcmu_replication.nbd.uri import Tcp, Unix, Uri
 
 GOOD = {
-    "nbd://beta/disk0": (Tcp("beta", 10809), "disk0"),
-    "nbd://10.0.0.2:7001/disk0": (Tcp("10.0.0.2", 7001), "disk0"),
-    "nbd://[fd00::2]:7001/disk0": (Tcp("fd00::2", 7001), "disk0"),
-    "nbd://beta": (Tcp("beta"), ""),
-    "nbd://beta/a%2Fb%20c": (Tcp("beta"), "a/b c"),
-    "nbd+unix:///disk0?socket=/run/nbd.sock": (Unix("/run/nbd.sock"), "disk0"),
-    "nbd+unix:///?socket=/run/a%26b": (Unix("/run/a&b"), ""),
+    "nbd://beta/disk0": Uri(Tcp("beta", 10809), "disk0"),
+    "nbd://10.0.0.2:7001/disk0": Uri(Tcp("10.0.0.2", 7001), "disk0"),
+    "nbd://[fd00::2]:7001/disk0": Uri(Tcp("fd00::2", 7001), "disk0"),
+    "nbd://beta": Uri(Tcp("beta"), ""),
+    "nbd://beta/a%2Fb%20c": Uri(Tcp("beta"), "a/b c"),
+    "nbd+unix:///disk0?socket=/run/nbd.sock": Uri(Unix("/run/nbd.sock"), "disk0"),
+    "nbd+unix:///?socket=/run/a%26b": Uri(Unix("/run/a&b"), ""),
+    "nbds://beta:7001/disk0": Uri(Tcp("beta", 7001), "disk0", tls=True),
+    "nbds+unix:///disk0?socket=/run/nbd.sock": Uri(Unix("/run/nbd.sock"), "disk0", tls=True),
 }
 
 BAD = [
     "",
     "beta:10809",
     "http://beta/disk0",
-    "nbds://beta/disk0",
+    "nbdx://beta/disk0",
+    "nbds://beta/disk0?tls-certificates=/etc/tls",
     "nbd:///disk0",
     "nbd://beta:99999/disk0",
     "nbd://beta:ten/disk0",
