@@ -242,6 +242,10 @@ def _hosts(found: Any, path: Path) -> dict[str, Host | QemuHost]:
         )
     if first[1].qemu and second[1].qemu:
         raise refusal(path, f"host.{second[0]}.qemu", "true on both hosts", "one host without QEMU")
+    for name, host in hosts.items():
+        if isinstance(host, QemuHost) and host.mode == "primary" and host.qmp is not None:
+            expected = "nothing: it is for the secondary, which a primary of ours checkpoints"
+            raise refusal(path, f"host.{name}.qmp", host.qmp, expected)
     return hosts
 
 

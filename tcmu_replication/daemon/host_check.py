@@ -91,10 +91,17 @@ def _check_apart(resource: Resource, other: Resource, host: str) -> None:
                 f"{path}, which {other.path} uses too" + ("" if path == used else f" (as {used})"),
                 "one of its own",
             )
+    if resource.link.socket is not None and resource.link.socket == other.link.socket:
+        raise refusal(
+            resource.path,
+            "link.socket",
+            f"{resource.link.socket}, which is link.socket of {other.path}",
+            "a socket of its own",
+        )
     if mine.address != theirs.address:
         return
-    taken = {other.link.port: "port", other.link.control_port: "control-port"}
-    for key, port in (("port", resource.link.port), ("control-port", resource.link.control_port)):
+    taken = {port: key for key, port in _ports(other).items()}
+    for key, port in _ports(resource).items():
         if port in taken:
             raise refusal(
                 resource.path,
@@ -102,6 +109,16 @@ def _check_apart(resource: Resource, other: Resource, host: str) -> None:
                 f"{port}, which is link.{taken[port]} of {other.path} on the same address",
                 "a port of its own",
             )
+
+
+def _ports(resource: Resource) -> dict[str, int]:
+    """The ports that it uses, by their keys."""
+    ports = {}
+    if resource.link.socket is None:
+        ports["port"] = resource.link.port
+    if not any(host.qemu for host in resource.hosts.values()):
+        ports["control-port"] = resource.link.control_port
+    return ports
 
 
 def _identity(path: str) -> object:

@@ -65,6 +65,12 @@ def test_host_of_qemu_has_a_part_that_is_not_ours(tmp_path: Path) -> None:
         resource.host("beta")
 
 
+def test_qmp_of_a_qemu_primary_is_refused(tmp_path: Path) -> None:
+    text = QEMU.replace('"primary"', '"x"').replace('"secondary"', '"primary"').replace('"x"', '"secondary"')
+    with pytest.raises(Error, match=r"host\.beta\.qmp: found /run/qmp; expected nothing"):
+        config.load(write(tmp_path, text + 'qmp = "/run/qmp"\n'))
+
+
 def test_both_hosts_of_qemu_are_refused(tmp_path: Path) -> None:
     text = QEMU.replace('disk = "/dev/vdb"\noverlays = "/var/lib/overlays"\n', "qemu = true\n")
     with pytest.raises(Error, match=r"host\.beta\.qemu: found true on both hosts"):

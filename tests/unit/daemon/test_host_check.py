@@ -23,7 +23,9 @@ def make(directory: Path, name: str = "disk0", **changes: Any) -> config.Resourc
     overlays.mkdir(exist_ok=True)
     mine = {"mode": "primary", "address": "192.0.2.1", "disk": str(disk), "overlays": str(overlays)}
     theirs = {"mode": "secondary", "address": "192.0.2.2", "disk": "/nowhere", "overlays": "/nowhere"}
-    ports = {key: changes.pop(key) for key in ("port", "control-port") if key in changes}
+    ports = {key: changes.pop(key) for key in ("port", "control-port", "socket") if key in changes}
+    if changes.pop("qemu", False):
+        theirs = {"mode": "secondary", "address": "192.0.2.2", "qemu": True}
     document = {
         "resource": {"name": name, "size": SIZE},
         "link": ports,
@@ -120,6 +122,18 @@ def test_same_port_on_the_same_address(tmp_path: Path) -> None:
     first = make(tmp_path, "disk0")
     second = make(tmp_path, "disk1", port=10810, **{"control-port": 20000})
     assert "link.port: found 10810, which is link.control-port of" in refused(second, (first,))
+
+
+def test_same_socket_twice(tmp_path: Path) -> None:
+    first = make(tmp_path, "disk0", socket="/run/link")
+    second = make(tmp_path, "disk1", socket="/run/link", **{"control-port": 20000})
+    assert "link.socket: found /run/link, which is link.socket of" in refused(second, (first,))
+
+
+def test_ports_that_are_not_used_may_be_the_same(tmp_path: Path) -> None:
+    first = make(tmp_path, "disk0", socket="/run/link0", qemu=True)
+    host_check.check_host(make(tmp_path, "disk1", socket="/run/link1", qemu=True), "alpha", [first])
+    host_check.check_host(make(tmp_path, "disk2"), "alpha", [first])
 
 
 def test_same_port_on_another_address_is_fine(tmp_path: Path) -> None:
