@@ -305,7 +305,7 @@ class EngineSide:
                 await engine.failover(latest=False)
             case Command.SETTLE:
                 while engine.stage is Stage.FAILOVER:
-                    await asyncio.sleep(0)
+                    await asyncio.sleep(0.001)  # the commit's threads give way to a loop that is busy
             case Command.RESTART:
                 if engine.stage is Stage.RUNNING:
                     await engine.stop()
