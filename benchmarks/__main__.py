@@ -77,7 +77,24 @@ def _subtitle(facts: dict[str, object]) -> str:
     )
 
 
-if __name__ == "__main__":
-    with contextlib.suppress(PermissionError):
+@contextlib.contextmanager
+def first_served() -> Iterator[None]:
+    """Give this process and its children precedence, as far as allowed.
+
+    With autogroups (sched(7)) niceness counts within a session only, and a session has its own.
+    """
+    autogroup = Path("/proc/self/autogroup")
+    with contextlib.suppress(OSError):
         os.nice(PRIORITY)
-    main()
+    with contextlib.suppress(OSError):
+        autogroup.write_text(str(PRIORITY))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            autogroup.write_text("0")
+
+
+if __name__ == "__main__":
+    with first_served():
+        main()
