@@ -25,12 +25,12 @@ from tcmu_replication.replication.stages import BACKUP_GONE
 
 Emit = Callable[[str, Document], None]
 
-_LAST_WORDS: dict[JobStatus, tuple[tuple[schema.JobState, ...], str]] = {
-    JobStatus.CONCLUDED: (("waiting", "pending"), "BLOCK_JOB_COMPLETED"),
-    JobStatus.FAILED: (("aborting",), "BLOCK_JOB_COMPLETED"),
-    JobStatus.CANCELLED: (("aborting",), "BLOCK_JOB_CANCELLED"),
+_LAST_WORDS: dict[JobStatus, tuple[schema.JobState, ...]] = {
+    JobStatus.CONCLUDED: ("waiting", "pending"),
+    JobStatus.FAILED: ("aborting",),
+    JobStatus.CANCELLED: ("aborting",),
 }
-"""What QEMU says when a job ends; then "concluded" and "null", since jobs dismiss themselves."""
+"""QEMU's statuses of a job that ends; then come "concluded" and "null", since jobs dismiss themselves."""
 
 
 class Jobs:
@@ -60,19 +60,16 @@ class Jobs:
             self._ended(job)
 
     def _ended(self, job: Job) -> None:
-        before, event = _LAST_WORDS[job.status]
-        self._status(job.name, *before)
-        self._emit(
-            event,
-            schema.BlockJobEnded(
-                type=job.kind,
-                device=job.name,
-                len=job.length,
-                offset=job.offset,
-                speed=0,
-                error=job.error if job.status is JobStatus.FAILED and job.error else UNSET,
-            ),
-        )
+        if job.status is JobStatus.FAILED:
+            failed = schema.BlockJobError(device=job.name, operation=job.failed_to, action="report")
+            self._emit("BLOCK_JOB_ERROR", failed)
+        self._status(job.name, *_LAST_WORDS[job.status])
+        numbers: dict[str, Any] = {"type": job.kind, "device": job.name, "len": job.length, "offset": job.offset}
+        if job.status is JobStatus.CANCELLED:
+            self._emit("BLOCK_JOB_CANCELLED", schema.BlockJobCancelled(**numbers, speed=0))
+        else:
+            error = UNSET if job.error is None else job.error
+            self._emit("BLOCK_JOB_COMPLETED", schema.BlockJobCompleted(**numbers, speed=0, error=error))
         self._status(job.name, "concluded", "null")
 
     def _status(self, name: str, *status: schema.JobState) -> None:
@@ -135,6 +132,6 @@ class Jobs:
         if name == f"backup-{self._name}" and engine.forwarded is not None:
             await engine.backup_ended(BACKUP_GONE)
             ended: dict[str, Any] = {"type": "backup", "device": name, "len": 0, "offset": 0, "speed": 0}
-            self._emit("BLOCK_JOB_CANCELLED", schema.BlockJobEnded(**ended))
+            self._emit("BLOCK_JOB_CANCELLED", schema.BlockJobCancelled(**ended))
             return True
         return False

@@ -150,14 +150,19 @@ class JobStatusChange(Document, frozen=True, kw_only=True):
     status: JobState
 
 
-class BlockJobEnded(Document, frozen=True, kw_only=True):
-    """A job is over; `error` if it failed."""
+class BlockJobCancelled(Document, frozen=True, kw_only=True):
+    """A job was ended before its time."""
 
     type: str
     device: str
     len: Count
     offset: Count
     speed: Count
+
+
+class BlockJobCompleted(BlockJobCancelled, frozen=True, kw_only=True):
+    """A job is over; `error` if it failed."""
+
     error: str | UnsetType = UNSET
 
 
@@ -187,8 +192,8 @@ class Shutdown(Document, frozen=True, kw_only=True):
 COMMANDS = REPLICATION | JOBS
 
 EVENTS: dict[str, type[Document]] = {
-    "BLOCK_JOB_COMPLETED": BlockJobEnded,
-    "BLOCK_JOB_CANCELLED": BlockJobEnded,
+    "BLOCK_JOB_COMPLETED": BlockJobCompleted,
+    "BLOCK_JOB_CANCELLED": BlockJobCancelled,
     "BLOCK_JOB_ERROR": BlockJobError,
     "JOB_STATUS_CHANGE": JobStatusChange,
     "SHUTDOWN": Shutdown,

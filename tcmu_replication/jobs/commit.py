@@ -46,8 +46,7 @@ LAST = 4 * MiB
 """When so little is left, new requests are held until it is done."""
 
 THREADS = 2
-NICENESS = 10
-"""For the threads of a commit: so many copy, and they make way for the loop, which serves the LUN."""
+"""So many copy at a time, of an Offload of low priority: the loop serves the LUN meanwhile."""
 
 
 class Run(NamedTuple):
@@ -150,14 +149,18 @@ class Commit(Job):
             await pending.wait()
 
     def _copy(self, runs: Sequence[Run]) -> None:
-        """Copy these runs. What a thread calls: it changes no state but the disk's."""
+        """Copy these runs. What a thread calls: it changes the disk, and says at most that it could not read."""
         for offset, length, zero in runs:
             if zero:
                 pending = self._disk.zero(offset, length)
                 assert pending is None, "the disk takes plain writes at once"
                 continue
             for start in range(offset, offset + length, CHUNK):
-                data = self._active.fetch(start, min(CHUNK, offset + length - start))
+                try:
+                    data = self._active.fetch(start, min(CHUNK, offset + length - start))
+                except Error:
+                    self.failed_to = "read"
+                    raise
                 pending = self._disk.write(start, [data])
                 assert pending is None, "the disk takes plain writes at once"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import time
+from typing import Literal
 
 
 class JobStatus(enum.Enum):
@@ -16,13 +17,17 @@ class JobStatus(enum.Enum):
 
 
 class Job:
-    """Progress of one job. `length` is the work known so far and `offset` the part done, in bytes."""
+    """Progress of one job. `length` is the work known so far and `offset` the part done, in bytes.
+
+    `failed_to` says of a job that failed what it could not do.
+    """
 
     def __init__(self, name: str, kind: str) -> None:
         self.name = name
         self.kind = kind
         self.status = JobStatus.RUNNING
         self.error: str | None = None
+        self.failed_to: Literal["read", "write"] = "write"
         self.length = 0
         self.offset = 0
         self._began = time.monotonic()

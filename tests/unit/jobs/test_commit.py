@@ -134,8 +134,25 @@ def test_commit_fails_with_the_disk_and_loses_nothing(tmp_path):
             await job.run()
         assert job.status is JobStatus.FAILED
         assert "the medium is broken" in job.error
+        assert job.failed_to == "write"
         assert not gate.held
         assert bytes(chain.active.fetch(0, 2 * MiB)) == b"\5" * 2 * MiB
+
+    asyncio.run(story())
+
+
+def test_commit_that_cannot_read_says_so(tmp_path, monkeypatch):
+    def broken(offset, length):
+        raise Error(Kind.IO, "the medium is broken")
+
+    async def story():
+        chain = Switch(tmp_path, Memory(LENGTH))
+        chain.active.write(0, [memoryview(b"\5" * BLOCK)])
+        monkeypatch.setattr(chain.active, "fetch", broken)
+        job, _, _ = chain.commit()
+        with pytest.raises(Error, match="the medium is broken"):
+            await job.run()
+        assert job.failed_to == "read"
 
     asyncio.run(story())
 
