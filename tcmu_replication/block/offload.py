@@ -11,6 +11,9 @@ from typing import Any
 from tcmu_replication.block.pending import Pending
 from tcmu_replication.errors import Error, Kind, from_os
 
+BACKGROUND = 10
+"""The niceness of threads whose work may wait: they make way for the loop's, which answers requests."""
+
 
 class Offload:
     """Runs blocking calls in a few threads; their `Pending`s complete on the loop's thread.

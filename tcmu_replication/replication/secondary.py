@@ -27,7 +27,7 @@ import msgspec
 from tcmu_replication.block.copy_before_write import CopyBeforeWrite
 from tcmu_replication.block.gate import Gate
 from tcmu_replication.block.node import Node
-from tcmu_replication.block.offload import Offload
+from tcmu_replication.block.offload import BACKGROUND, Offload
 from tcmu_replication.block.overlay import Overlay
 from tcmu_replication.block.pending import settle
 from tcmu_replication.block.replication import Closed, Replica, Split
@@ -474,7 +474,7 @@ class Secondary:
     def _start_commit(self) -> None:
         assert self._pair is not None
         hidden, active = self._pair
-        threads = Offload(threads=commits.THREADS, niceness=commits.NICENESS)
+        threads = Offload(threads=commits.THREADS, niceness=BACKGROUND)
         self._commit = Commit(f"commit-{self.name}", active, hidden, self.disk, self.top, threads)
         self.filter.reads = active
         self.filter.writes = Split(active, hidden, self.disk, self._commit.redo)
@@ -511,16 +511,19 @@ class Secondary:
         self._stage_changed()
 
     def _remove_behind(self, old: Pair) -> None:
-        """Remove an epoch's files in a thread: unlinking a large sparse file takes time."""
+        """Remove an epoch's files in a thread: it takes a processor for as long as there was data, not us."""
         previous = self._sweeper
 
         async def sweep() -> None:
             if previous is not None:
                 await previous
+            thread = Offload(threads=1, niceness=BACKGROUND)
             try:
-                await asyncio.to_thread(old.destroy)
+                await thread(old.destroy, "remove old overlays").wait()
             except Error as error:
                 log.warning("%s: old overlays stay until the next start: %s", self.name, error)
+            finally:
+                thread.close()
 
         self._sweeper = asyncio.create_task(sweep())
 
