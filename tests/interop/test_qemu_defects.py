@@ -182,7 +182,7 @@ def test_frozen_peer_delays_a_write_and_no_command(place: Path) -> None:
         pair.beta.resume()
 
 
-@pytest.mark.timeout(250)
+@pytest.mark.timeout(600)
 def test_commit_killed_at_random_moments_is_finished_by_the_next_process(
     place: Path, rng: random.Random
 ) -> None:
@@ -209,7 +209,7 @@ def test_commit_killed_at_random_moments_is_finished_by_the_next_process(
         worker.stop()
 
 
-@pytest.mark.timeout(250)
+@pytest.mark.timeout(600)
 def test_secondary_killed_at_random_moments_keeps_its_checkpoint(place: Path, rng: random.Random) -> None:
     worker = (lonely := Lonely(place)).worker
     worker.start()
