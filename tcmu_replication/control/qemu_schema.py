@@ -176,9 +176,9 @@ class BlockJobError(Document, frozen=True, kw_only=True):
 
 JOBS = table(
     Command("query-block-jobs", Nothing, list[BlockJobInfo], OPERATOR, "The jobs that are under way."),
-    Command("query-jobs", Nothing, list[JobInfo], OPERATOR, "The jobs that are under way."),
+    Command("query-jobs", Nothing, list[JobInfo], OPERATOR, "The same in fewer words."),
     Command("block-job-cancel", BlockJobCancel, None, OPERATOR, "End a job before its time."),
-    Command("job-cancel", JobId, None, OPERATOR, "The same."),
+    Command("job-cancel", JobId, None, OPERATOR, "As block-job-cancel."),
 )
 
 

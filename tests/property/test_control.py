@@ -23,9 +23,11 @@ requests = st.fixed_dictionaries(
     {"execute": names | st.text()},
     optional={
         "arguments": st.dictionaries(
-            st.sampled_from(["to", "device", "epoch", "resource", "protocol", "x"]), json_values
+            st.sampled_from(["to", "device", "epoch", "resource", "protocol", "addr", "parent", "enable", "x"]),
+            json_values | st.fixed_dictionaries({"type": st.sampled_from(["inet", "x"]), "data": json_values}),
         ),
         "id": json_values,
+        "exec-oob": names,
         "extra": json_values,
     },
 )
@@ -38,7 +40,7 @@ def test_any_messages_are_answered_called_or_end_the_session(
 ) -> None:
     session = Session(COMMANDS, COMMANDS, privilege, "test")
     if negotiate:
-        session.receive(b'{"execute":"qmp_capabilities"}')
+        session.receive(b'{"execute":"qmp_capabilities","arguments":{"enable":["oob"]}}')
     for message in sent:
         try:
             answer = session.receive(message)

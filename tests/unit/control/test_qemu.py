@@ -90,6 +90,57 @@ def test_checkpoint_and_status() -> None:
     assert [name for name, _ in worker.asked] == ["checkpoint", "query-errors"]
 
 
+@pytest.mark.parametrize(
+    ("mode", "stage", "answer"),
+    [
+        ("secondary", "none", {"mode": "none", "last-mode": "none", "reason": "none"}),
+        ("secondary", "running", {"mode": "secondary", "last-mode": "secondary", "reason": "none"}),
+        ("secondary", "failover", {"mode": "secondary", "last-mode": "secondary", "reason": "processing"}),
+        ("secondary", "failover-failed", {"mode": "none", "last-mode": "secondary", "reason": "error"}),
+        ("primary", "done", {"mode": "none", "last-mode": "primary", "reason": "request"}),
+    ],
+)
+def test_colo_status(mode: str, stage: str, answer: dict[str, str]) -> None:
+    worker = Worker(stage=stage)
+    worker.results["query-status"] = status(stage=stage, mode=mode)
+    result = worker.call("query-colo-status", schema.Nothing())
+    assert schema.COMMANDS["query-colo-status"].encode(result) == answer
+
+
+@pytest.mark.parametrize(
+    ("mode", "asked"),
+    [("secondary", ("failover", schema.Failover(to="checkpoint"))), ("primary", ("stop", schema.Nothing()))],
+)
+def test_lost_heartbeat_of_a_running_end(mode: str, asked: tuple[str, Any]) -> None:
+    worker = Worker()
+    worker.results["query-status"] = status(stage="running", mode=mode)
+    worker.call("x-colo-lost-heartbeat", schema.Nothing())
+    assert worker.asked[-1] == asked
+
+
+@pytest.mark.parametrize(
+    ("stage", "text"),
+    [
+        ("none", "The feature 'colo' is not enabled"),
+        ("failover", "COLO failover is already activated"),
+        ("failover-failed", "The feature 'colo' is not enabled"),
+        ("done", "The feature 'colo' is not enabled"),
+    ],
+)
+def test_lost_heartbeat_where_nothing_runs(stage: str, text: str) -> None:
+    worker = Worker(stage=stage)
+    with pytest.raises(Error, match=text):
+        worker.call("x-colo-lost-heartbeat", schema.Nothing())
+    assert [name for name, _ in worker.asked] == ["query-status"]
+
+
+def test_reason_of_an_error_is_in_our_own_answer_only() -> None:
+    worker = Worker()
+    worker.results["query-errors"] = schema.ErrorStatus(error=True, desc="I/O error occurred: the link is lost")
+    result = worker.call("query-xen-replication-status", schema.Nothing())
+    assert result.desc == "I/O error occurred"
+
+
 def test_worker_without_a_resources_commands_has_none() -> None:
     assert qemu.names({"quit": Worker().handlers["stop"]}) == {}
     Server({}, schema.DEVICE_COMMANDS)
