@@ -31,10 +31,10 @@ from tcmu_replication.block.overlay import Overlay, held_runs
 from tcmu_replication.block.pending import Pending, settle
 from tcmu_replication.errors import Error
 from tcmu_replication.jobs.job import Job, JobStatus
-from tcmu_replication.units import BLOCK, KiB, MiB
+from tcmu_replication.units import BLOCK, MiB
 
-CHUNK = 256 * KiB
-"""Copied at once: it stays in a processor's cache between its read and its write."""
+CHUNK = 1 * MiB
+"""Copied at once. Between chunks a thread needs the interpreter, which the loop needs too."""
 
 WINDOW = 64 * MiB
 """Copied between two syncs of the disk, at most."""

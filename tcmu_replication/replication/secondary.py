@@ -43,6 +43,9 @@ from tcmu_replication.replication.stages import Action, Machine, Mode, Operation
 
 log = logging.getLogger(__name__)
 
+GRACE_S = 0.02
+"""Before a commit begins to use the machine: requests that waited for the failover go first."""
+
 Publish = Callable[[Node], Awaitable[None]]
 """Offer the node to the primary (an NBD export by the resource's name)."""
 
@@ -483,6 +486,7 @@ class Secondary:
     async def _run_commit(self, commit: Commit, threads: Offload) -> None:
         """Carry the commit to its end and take the stage where that leads."""
         try:
+            await asyncio.sleep(GRACE_S)
             await commit.run()
             self._save(stage=Stage.DONE, error=None)
         except Error as error:
