@@ -98,7 +98,9 @@ class Connection(asyncio.Protocol):
         if isinstance(exc, ssl.SSLError):  # with TLS 1.3 a server refuses only after the handshake
             self._end(sentence(exc), Kind.PERMISSION)
         else:
-            self._end(str(exc) if exc else "the peer closed it")
+            inside = self._transport is not None and self._transport.get_extra_info("ssl_object") is not None
+            hint = "; it may not accept our certificate" if inside and not self._greeted.done() else ""
+            self._end((str(exc) if exc else "the peer closed it") + hint)
 
     def _message(self, message: dict[str, Any]) -> None:
         if "QMP" in message:
@@ -141,8 +143,10 @@ async def _open(connecting: Any, where: str, timeout: float) -> Connection:
             _, connection = await connecting
             await connection._negotiate()
     except TimeoutError as error:
+        # As a server does that waits for TLS, or a QEMU whose QMP socket somebody else uses.
+        silent = "" if connection is None else ": it took the connection and says nothing"
         _drop(connection)
-        raise Error(Kind.TIMED_OUT, f"no control connection to {where} in {timeout:g} s") from error
+        raise Error(Kind.TIMED_OUT, f"no control connection to {where} in {timeout:g} s{silent}") from error
     except ssl.SSLError as error:
         raise Error(Kind.PERMISSION, f"no control connection to {where}: {sentence(error)}") from error
     except OSError as error:
