@@ -11,7 +11,7 @@ from msgspec import Meta, Struct
 from tcmu_replication.control import arguments as checking
 from tcmu_replication.errors import Error, Kind
 
-Count = Annotated[int, Meta(ge=0)]
+Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 
 
 class Privilege(enum.Enum):

@@ -32,7 +32,7 @@ PROTOCOL = 1
 
 Device = Annotated[str, Meta(pattern=r"^uio[0-9]{1,6}\Z")]
 """A UIO device, as in uio3."""
-Text = Annotated[str, Meta(max_length=256)]
+Text = Annotated[str, Meta(max_length=256, pattern=r"^[ -~]*\Z")]
 StageName = Literal["none", "running", "failover", "failover-failed", "done"]
 
 
@@ -67,7 +67,7 @@ class PeerState(Document, frozen=True, kw_only=True):
 
     stage: StageName
     epoch: Count
-    generation: str
+    generation: Text
     length: Count
     error: str | None = None
 

@@ -16,7 +16,7 @@ import msgspec
 
 from tcmu_replication.control import schema
 from tcmu_replication.control.connection import Connection
-from tcmu_replication.errors import Error, Kind
+from tcmu_replication.errors import Error, Kind, one_line
 from tcmu_replication.replication.primary import PeerState
 from tcmu_replication.replication.stages import Stage
 
@@ -96,5 +96,7 @@ def _state(answer: Any) -> PeerState:
     try:
         state = msgspec.convert(answer, schema.PeerState)
     except msgspec.ValidationError as error:
-        raise Error(Kind.PEER_LIED, f"the secondary's answer is not its state: {error}") from error
-    return PeerState(Stage(state.stage), state.epoch, state.generation, state.length, state.error)
+        what = one_line(str(error))
+        raise Error(Kind.PEER_LIED, f"the secondary's answer is not its state: {what}") from error
+    said = None if state.error is None else one_line(state.error)
+    return PeerState(Stage(state.stage), state.epoch, state.generation, state.length, said)

@@ -10,11 +10,13 @@ import asyncio
 
 from tcmu_replication.control.connection import Connection
 from tcmu_replication.errors import Error, Kind
+from tcmu_replication.replication import peer
 from tests.fuzz.script import Script, pieces, told
 from tests.fuzz.wire import Loop, Wire, running
 
 WORDS = (
     b'{"QMP":{}}',
+    b'{"id":1,"return":{"stage":"running","epoch":7,"generation":"3f2a","length":4096,"error":"no"}}',
     *(b'{"id":%d,"return":{}}' % number for number in (1, 2, 3)),
     b'{"id":1,"error":{"class":"GenericError","desc":"no"}}',
     b'{"event":"REPLICATION_STAGE","data":{}}',
@@ -41,7 +43,7 @@ class _Transport(asyncio.Transport):
 
 
 def check(data: bytes) -> None:
-    """A command gets its answer, an error or the end of the connection, and nothing else gets out."""
+    """A command gets its answer, an error or the end of the connection; an answer is a peer's state or a lie."""
     script = Script(data)
     step = script.number()
     with running(Loop()) as loop:
@@ -71,3 +73,12 @@ def _outcome(command: asyncio.Task[object]) -> None:
     if error is not None:
         assert isinstance(error, Error), repr(error)
         told(error, *Kind)
+        return
+    try:
+        state = peer._state(command.result())
+    except Error as lie:
+        told(lie, Kind.PEER_LIED)
+        return
+    assert 0 <= state.epoch < 1 << 63
+    assert 0 <= state.length < 1 << 63
+    assert (state.generation + (state.error or "")).isprintable()

@@ -43,7 +43,9 @@ def test_stages_are_those_of_the_replication_table() -> None:
         ("attach-device", {"device": "uio1\n"}, "Invalid arguments of 'attach-device'"),
         ("peer-hello", {"resource": "disk0"}, "Parameter 'protocol' is missing"),
         ("peer-hello", {"resource": "x" * 257, "protocol": 1}, "Invalid arguments of 'peer-hello'"),
+        ("peer-hello", {"resource": "a\nb", "protocol": 1}, "Invalid arguments of 'peer-hello'"),
         ("peer-checkpoint", {"epoch": -1}, "Parameter 'epoch' expects uint64_t"),
+        ("peer-checkpoint", {"epoch": 1 << 63}, "Parameter 'epoch' expects uint64_t"),
         ("peer-checkpoint", {"epoch": "1"}, "Invalid parameter type for 'epoch', expected: integer"),
     ],
 )
