@@ -43,6 +43,7 @@ _STATES = [bytes([state]) for state in (ABSENT, HERE, ZERO)]
 _RUNS = re.compile(rb"\x00+|\x01+|\x02+")
 _OVER = bytes(both & 3 or both >> 2 & 3 for both in range(256))
 """By upper state + 4 * lower state: the state that counts."""
+_SAFE = b"\1"
 _EMPTY_PAGE = memoryview(bytes(PAGE))
 
 
@@ -85,7 +86,9 @@ class AllocationMap:
         except Error:
             self._file.close()
             raise
-        self._safe = bytearray((self._file.length - PAGE) // PAGE)
+        # A byte per page of the map, as a mapping of its own: of a large disk it costs what was touched too.
+        pages = (self._file.length - PAGE) // PAGE
+        self._safe = mmap.mmap(-1, max(pages, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         try:
             self._count(length)
         except Error:
@@ -132,7 +135,7 @@ class AllocationMap:
     def marked(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
         """As `runs`, without the absent ones; what is marked or unmarked behind it does not disturb it."""
         while first < last:
-            page = self._safe.find(1, first // PAGE, _pages(last))
+            page = self._safe.find(_SAFE, first // PAGE, _pages(last))
             if page < 0:
                 return
             first = max(first, page * PAGE)
@@ -144,7 +147,7 @@ class AllocationMap:
 
     def next_page(self, first: int) -> int:
         """The first page of the map, from block `first`'s on, where something may be marked; -1 if none."""
-        return self._safe.find(1, first // PAGE)
+        return self._safe.find(_SAFE, first // PAGE)
 
     def prepare(self, first: int, last: int) -> None:
         """Make sure that marks in the range find space. Raises `Error` (NO_SPACE)."""
