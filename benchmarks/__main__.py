@@ -37,7 +37,7 @@ def main(name: str, only: str | None, rounds: int | None, out: Path) -> None:
     for sample in run(chosen, None if only is None else set(only.split(","))):
         samples.append(sample)
         _progress(sample)
-    found = report.lines(samples)
+    found = report.lines(samples, chosen)
     out.mkdir(exist_ok=True)
     report.save(out / "results.json", facts, found, samples)
     (out / "results.md").write_text(report.markdown(found))
@@ -67,7 +67,9 @@ def run(chosen: Scale, only: set[str] | None = None) -> Iterator[Sample]:
 
 def _progress(sample: Sample) -> None:
     cpu = "" if sample.cpu_us is None else f"{sample.cpu_us:10.1f} us CPU"
-    click.echo(f"{time.strftime('%T')} {sample.row:20} {sample.side:6} {sample.value:12,.1f}{cpu}", file=sys.stderr)
+    click.echo(
+        f"{time.strftime('%T')} {sample.row:20} {sample.side:6} {sample.value:12,.1f}{cpu}", file=sys.stderr
+    )
 
 
 def _subtitle(facts: dict[str, object]) -> str:

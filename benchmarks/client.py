@@ -42,9 +42,7 @@ def address_of(uri: str) -> tuple[str | tuple[str, int], str]:
 def requests(command: int, block: int, count: int, span: int, seed: int) -> list[bytes]:
     """The headers: `count` different blocks of the first `span` bytes, at random."""
     blocks = random.Random(seed).sample(range(span // block), count)
-    return [
-        _REQUEST.pack(_MAGIC, 0, command, number, at * block, block) for number, at in enumerate(blocks)
-    ]
+    return [_REQUEST.pack(_MAGIC, 0, command, number, at * block, block) for number, at in enumerate(blocks)]
 
 
 def run(sock: socket.socket, headers: list[bytes], data: bytes, reply: int, depth: int) -> float:

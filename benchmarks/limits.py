@@ -51,7 +51,9 @@ def measure(directory: Path, scale: Scale) -> list[Sample]:
         found["commit"] = _per_s([(read, other), (write, disk)], every, MiB)
         for kind, step in (("write", write), ("read", read)):
             found[f"ring-4k-{kind}"] = _per_s([(step, disk)], some, 4 * KiB)
-            found[f"ring-256k-{kind}"] = _per_s([(step, disk)], range(0, scale.sequential, 256 * KiB), 256 * KiB)
+            found[f"ring-256k-{kind}"] = _per_s(
+                [(step, disk)], range(0, scale.sequential, 256 * KiB), 256 * KiB
+            )
     finally:
         for fd in fds:
             os.close(fd)

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.rows import ROWS, Row, Sample
+from benchmarks.scale import FULL, Scale
+from tcmu_replication.units import format_size
 
 
 class Median(NamedTuple):
@@ -41,12 +43,17 @@ class Line(NamedTuple):
         return None if self.ratio is None or self.row.target is None else self.ratio >= self.row.target
 
 
-def lines(samples: Iterable[Sample]) -> dict[str, Line]:
-    """The outcome of every row that was measured."""
+def lines(samples: Iterable[Sample], scale: Scale = FULL) -> dict[str, Line]:
+    """The outcome of every row that was measured, at that scale."""
+    sizes = {name: format_size(length) for name, length in scale._asdict().items()}
     by_row: dict[str, dict[str, list[Sample]]] = {}
     for sample in samples:
         by_row.setdefault(sample.row, {}).setdefault(sample.side, []).append(sample)
-    return {name: _line(ROWS[name], by_row[name]) for name in ROWS if name in by_row}
+    return {
+        name: _line(row._replace(title=row.title.format(**sizes)), by_row[name])
+        for name, row in ROWS.items()
+        if name in by_row
+    }
 
 
 def _line(row: Row, sides: dict[str, list[Sample]]) -> Line:
@@ -60,7 +67,11 @@ def _median(samples: Sequence[Sample]) -> Median | None:
     values = [sample.value for sample in samples]
     cpu = [sample.cpu_us for sample in samples if sample.cpu_us is not None]
     return Median(
-        statistics.median(values), min(values), max(values), statistics.median(cpu) if cpu else None, len(values)
+        statistics.median(values),
+        min(values),
+        max(values),
+        statistics.median(cpu) if cpu else None,
+        len(values),
     )
 
 

@@ -8,7 +8,8 @@ from typing import NamedTuple
 class Row(NamedTuple):
     """One line of the table.
 
-    `better` says how a ratio is formed: "more" is ours/QEMU, "less" is QEMU/ours.
+    `title` may name the lengths of the `Scale`. `better` says how a ratio is
+    formed: "more" is ours/QEMU, "less" is QEMU/ours.
     `target` is the least ratio, None where there is nothing to compare with or nothing was asked.
     """
 
@@ -26,12 +27,12 @@ ROWS: dict[str, Row] = {
     "lun-4k-read": Row("secondary's LUN, 4 KiB random reads", "IOPS", target=3),
     "lun-1m-write": Row("secondary's LUN, 1 MiB writes", "MiB/s", target=1.5),
     "lun-1m-read": Row("secondary's LUN, 1 MiB reads", "MiB/s", target=1.2),
-    "pause": Row("checkpoint pause after 1 GiB of changes, under load", "ms", "less", 20),
+    "pause": Row("checkpoint pause after {changes} of changes, under load", "ms", "less", 20),
     "failover": Row("failover to the checkpoint: command to first accepted write", "ms", "less", 10),
     "commit": Row("commit behind it", "MiB/s", target=2),
     "primary-4k": Row("primary, 4 KiB random writes through mirror and filter", "IOPS", target=3),
-    "pause-small": Row("checkpoint pause after 16 MiB of changes, under load", "ms", "less"),
-    "pause-large": Row("checkpoint pause after 4 GiB of changes, under load", "ms", "less"),
+    "pause-small": Row("checkpoint pause after {small} of changes, under load", "ms", "less"),
+    "pause-large": Row("checkpoint pause after {large} of changes, under load", "ms", "less"),
     "start-small": Row("worker start with a 1 GiB disk", "ms", "less"),
     "start-large": Row("worker start with a 16 TiB sparse disk", "ms", "less"),
     "memory-small": Row("its memory with a 1 GiB disk", "MiB", "less"),

@@ -26,7 +26,9 @@ FULL = Scale(
     rounds=5, disk=2 * GiB, random=128 * MiB, sequential=1 * GiB, changes=1 * GiB,
     small=16 * MiB, large=4 * GiB, half=512 * MiB, starts=5, ring=64 * MiB,
 )  # fmt: skip
-QUICK = FULL._replace(rounds=2, random=64 * MiB, sequential=512 * MiB, large=1 * GiB, starts=2, ring=32 * MiB)
+QUICK = FULL._replace(
+    rounds=2, disk=1 * GiB, random=32 * MiB, sequential=512 * MiB, large=1 * GiB, starts=2, ring=32 * MiB
+)
 TINY = Scale(
     rounds=1, disk=8 * MiB, random=512 * KiB, sequential=4 * MiB, changes=4 * MiB,
     small=1 * MiB, large=6 * MiB, half=2 * MiB, starts=1, ring=1 * MiB,

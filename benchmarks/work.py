@@ -124,7 +124,7 @@ COMPARED: dict[str, Group] = {
 """Groups that both sides run, alternating."""
 
 OURS: dict[str, tuple[Group, Callable[[Scale], int]]] = {
-    "pause-by-changes": (pause_by_changes, lambda scale: 1 if scale.rounds == 1 else 3),
+    "pause-by-changes": (pause_by_changes, lambda scale: min(scale.rounds, 3)),
     "start": (start, lambda scale: scale.starts),
 }
 """Groups that only ours runs, and how often."""
