@@ -55,7 +55,7 @@ def _answer(session: Session, message: bytes) -> None:
     assert asked.count(b"\n") == 1
     reply = json.loads(asked, parse_constant=_no_json)
     assert ("return" in reply) != ("error" in reply)
-    assert ("id" in reply) == ("id" in json.loads(message))
+    assert ("id" in reply) == ("id" in json.loads(message.decode()))
 
 
 def _no_json(word: str) -> NoReturn:

@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tcmu_replication.block.remote_queue import Queue, Request
 from tcmu_replication.errors import Error, Kind
 from tcmu_replication.nbd import protocol
@@ -46,7 +48,19 @@ _GUARD = 0xEE
 _KINDS = (Kind.PEER_LIED, *set(protocol.KIND_OF_ERROR.values()))
 
 
-def requests(queue: Queue) -> tuple[list[Request], list[bytearray]]:
+class _Counted(Request):
+    """A request that takes no more data than it asked for, whatever its parts."""
+
+    __slots__ = ("taken",)
+
+    def place(self, start: int, length: int) -> list[memoryview]:
+        """See `Call.place`."""
+        self.taken = getattr(self, "taken", 0) + length
+        assert self.taken <= self.length, "data without an end"
+        return super().place(start, length)
+
+
+def requests(queue: Queue) -> tuple[Sequence[Request], list[bytearray]]:
     """The calls of `CALLS`, and the memory that their data is in, between two guards."""
     made, memory = [], []
     for command, offset, length, flags in CALLS:
@@ -55,7 +69,7 @@ def requests(queue: Queue) -> tuple[list[Request], list[bytearray]]:
         if command in (Command.READ, Command.WRITE):
             half = 1 + length // 2
             views = [memoryview(area)[1:half], memoryview(area)[half : length + 1]]
-        made.append(Request(queue, command, offset, length, views, flags))
+        made.append(_Counted(queue, command, offset, length, views, flags))
         memory.append(area)
     return made, memory
 

@@ -86,6 +86,6 @@ def _well_formed(answers: bytearray, handshake: ServerHandshake) -> None:
             assert handshake.agreed is not None
             assert len(answers) - at in (10, 134)
             return
-        assert length <= 2 * protocol.MAX_STRING
+        assert length <= protocol.MAX_STRING
         at += protocol.OPTION_REPLY.size + length
     assert at == len(answers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import random
@@ -18,14 +19,16 @@ ROOM = 512 << 20
 """Bytes of address space that a target may need on top of what is there: several of the longest requests."""
 
 
-@pytest.fixture(autouse=True)
+@contextlib.contextmanager
 def bounded() -> Iterator[None]:
     """Whoever asks for much more memory gets a MemoryError."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ROOM, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def check_of(target: str) -> Callable[[bytes], None]:
@@ -44,7 +47,8 @@ FILES = [(target, path) for target in TARGETS for path in corpus(target)]
 
 @pytest.mark.parametrize(("target", "path"), FILES, ids=[f"{target}-{path.name}" for target, path in FILES])
 def test_input_of_the_corpus(target: str, path: Path) -> None:
-    check_of(target)(path.read_bytes())
+    with bounded():
+        check_of(target)(path.read_bytes())
 
 
 @pytest.mark.timeout(120)
@@ -58,7 +62,8 @@ def test_inputs_made_from_the_corpus(target: str) -> None:
             gc.collect()  # connections that have ended still hold their buffers
         data = made(random.Random(number), seeds, words)
         try:
-            check(data)
+            with bounded():
+                check(data)
         except BaseException as error:
             error.add_note(f"input {number}: {data!r}")
             raise
