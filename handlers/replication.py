@@ -337,7 +337,14 @@ class PrimaryBackstore(PairBackstore):
             state.value,
             text,
         )
-        self._emit("REPLICATION_LINK", self._link())
+        # While replication starts the engine does not have the link yet.
+        now = schema.Link(
+            state="none" if state is State.CLOSED else state.value,
+            peer=self._peer_name,
+            since=self._since,
+            reason=reason or None,
+        )
+        self._emit("REPLICATION_LINK", now)
 
     def _child_failed(self, failure: Failure) -> None:
         """QEMU's events for a child of the mirror, in sectors of 512 bytes."""

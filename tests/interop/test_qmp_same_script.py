@@ -92,12 +92,13 @@ def read(export: str, offset: int) -> Step:
 
 
 def until_clean(monitor: Monitor) -> Any:
-    """The reference order's third step: poll until the failover has ended."""
+    """The reference order's third step: poll until the failover has ended. Where it is a job, that is gone too."""
     reply: dict[str, Any] = {}
 
     def clean() -> bool:
+        jobs = monitor.say(execute("query-block-jobs"))
         reply.update(monitor.say(execute("query-xen-replication-status")))
-        return not reply["return"]["error"]
+        return not reply["return"]["error"] and jobs == {"return": []}
 
     support.until(clean, "the end of the failover")
     return reply

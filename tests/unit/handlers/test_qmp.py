@@ -213,6 +213,16 @@ async def named(end: End) -> dict[str, str]:
     return {node["node-name"]: node["drv"] for node in nodes}
 
 
+def test_link_is_told_from_its_first_moment(play: Any) -> None:
+    async def story(alpha: End, beta: End) -> None:
+        assert [event["state"] for event in alpha.told("REPLICATION_LINK")][-1] == "connected"
+        alpha.events.clear()
+        await alpha.ask("stop")
+        assert [event["state"] for event in alpha.told("REPLICATION_LINK")] == ["none"]
+
+    play(story)
+
+
 def test_local_disk_is_no_child_that_may_go(play: Any) -> None:
     async def story(alpha: End, beta: End) -> None:
         with pytest.raises(Error, match="is what counts and cannot be removed"):
