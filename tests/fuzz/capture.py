@@ -14,7 +14,7 @@ import contextlib
 import json
 import struct
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 from tcmu_replication.block import allocation_map
@@ -33,9 +33,12 @@ from tcmu_replication.nbd.protocol import GREETING
 from tcmu_replication.nbd.uri import Unix
 from tcmu_replication.replication.manifest import Manifest, encode
 from tcmu_replication.replication.stages import Mode, Stage
+from tcmu_replication.scsi.command import Command
 from tcmu_replication.scsi.commands import COMMANDS
+from tcmu_replication.scsi.task import Answer
+from tcmu_replication.scsi.unit import LogicalUnit
 from tcmu_replication.tcmu import layout
-from tests.fuzz import CORPUS, nbd_replies, nbd_requests, tcmu_ring
+from tests.fuzz import CORPUS, nbd_replies, nbd_requests, scsi_commands, tcmu_ring
 from tests.support.fake_kernel import FakeKernel
 from tests.support.tools import run, server
 from tests.unit.control.documents import status
@@ -227,23 +230,55 @@ async def control(folder: Path) -> None:
     keep("control_replies", "qemu", b"\0", bytes(answered))
 
 
-def commands() -> Sequence[bytes]:
-    """A CDB of each command of the table, for one block where it has any."""
-    return [
-        row.encode(
-            **({"blocks": 1} if "blocks" in row.by_name else {}),
-            **{f: 96 for f in ("allocation_length", "parameter_list_length") if f in row.by_name},
-        )
-        for row in COMMANDS
-    ]
+def one_block(row: Command) -> bytes:
+    """A command's CDB, for one block or for an answer of 255 bytes where it has such a field."""
+    fields = {"blocks": 1, "allocation_length": 255}
+    return row.encode(**{name: value for name, value in fields.items() if name in row.by_name})
+
+
+def scsi() -> None:
+    """A command of each row of the table, and those whose data or fields say more."""
+    for row in COMMANDS:
+        cdb = one_block(row)
+        _keep_command(row.name, cdb, bytes(1024))
+    block, descriptor = bytes(512), struct.pack(">HHxxxxQIxxxx", 22, 16, 8, 8)
+    _keep_command("unmap-8", _row("UNMAP").encode(parameter_list_length=24), descriptor)
+    _keep_command("verify-data", _row("VERIFY (10)").encode(blocks=2, bytchk=1), 2 * block)
+    _keep_command("verify-one", _row("VERIFY (16)").encode(blocks=9, bytchk=3), block)
+    _keep_command("write-same-unmap", _row("WRITE SAME (16)").encode(blocks=8, unmap=1), block)
+    _keep_command("write-same-pattern", _row("WRITE SAME (10)").encode(blocks=3), 512 * b"x")
+    _keep_command("compare-differs", _row("COMPARE AND WRITE").encode(blocks=1), 512 * b"x" + block)
+    for page in (0x00, 0x80, 0x83, 0xB0, 0xB1, 0xB2):
+        cdb = _row("INQUIRY").encode(evpd=1, page_code=page, allocation_length=255)
+        _keep_command(f"inquiry-{page:02x}", cdb)
+    for option, opcode in ((0, 0), (1, 0x28), (2, 0x9E), (3, 0x28)):
+        fields = {"reporting_options": option, "requested_opcode": opcode, "allocation_length": 2048, "rctd": 1}
+        _keep_command(f"operation-codes-{option}", _row("REPORT SUPPORTED OPERATION CODES").encode(**fields))
+    for length, name in ((6, "(6)"), (10, "(10)")):
+        sensed = _row(f"MODE SENSE {name}").encode(page_code=0x3F, allocation_length=255)
+        _keep_command(f"mode-sense-{length}-all", sensed)
+        unit = LogicalUnit(scsi_commands.LENGTH, 512, lambda: scsi_commands.IDENTITY)
+        answer = unit.command(sensed, (), 255)
+        assert isinstance(answer, Answer)
+        pages = bytearray(answer.data)  # what MODE SENSE gives, MODE SELECT takes
+        pages[: 4 if length == 6 else 8] = bytes((0, 0, 0, 8)) if length == 6 else bytes((*bytes(7), 8))
+        select = _row(f"MODE SELECT {name}").encode(pf=1, parameter_list_length=len(pages))
+        _keep_command(f"mode-select-{length}-all", select, bytes(pages))
+
+
+def _row(name: str) -> Command:
+    return next(row for row in COMMANDS if row.name == name)
+
+
+def _keep_command(name: str, cdb: bytes, data_out: bytes = b"") -> None:
+    file = name.lower().translate(str.maketrans(" ", "-", "()/"))
+    lengths = struct.pack(">HH", 4096, len(data_out))
+    keep("scsi_commands", file, b"\0", bytes((len(cdb),)) + cdb + lengths + data_out)
 
 
 def own() -> None:
     """What our own code writes."""
-    for row, cdb in zip(COMMANDS, commands(), strict=True):
-        name = row.name.lower().translate(str.maketrans(" ", "-", "()/"))
-        one = bytes((len(cdb),)) + cdb + struct.pack(">HH", 4096, 1024) + bytes(1024)
-        keep("scsi_commands", name, b"\0", one)
+    scsi()
     for name, queue in (("reads", (bytes((0x28, *bytes(6), 0, 8, 0)), 4096)), ("inquiry", (b"\x12\0\0\0\x60\0", 96))):
         kernel = FakeKernel(tcmu_ring.RING, tcmu_ring.DATA)
         for _ in range(3):

@@ -23,7 +23,7 @@ MAX_LENGTH = 1024
 
 _GUARD = 0xEE
 _SENSE_KEYS = (0x05, 0x06, 0x07, 0x0E)
-_IDENTITY = Identity(vendor="ACME", product="fuzz", revision="1.0", serial="0123456789abcdef")
+IDENTITY = Identity(vendor="ACME", product="fuzz", revision="1.0", serial="0123456789abcdef")
 
 
 def check(data: bytes) -> None:
@@ -34,7 +34,7 @@ def check(data: bytes) -> None:
     unit = LogicalUnit(
         LENGTH,
         4096 if flags & 1 else 512,
-        lambda: _IDENTITY,
+        lambda: IDENTITY,
         read_only=bool(flags & 2),
         write_cache=not flags & 4,
     )
