@@ -38,15 +38,16 @@ def names(handlers: Mapping[str, Handler]) -> dict[str, Handler]:
         return {}
 
     async def set_replication(arguments: SetReplication, session: Session) -> None:
+        status = await handlers["query-status"](Nothing(), session)
         if not arguments.enable:
-            if arguments.failover is True:
+            # A controller that speaks QEMU's language knows which end it talks to: on a primary it is a stop.
+            if arguments.failover is True and status.mode == "secondary":
                 await handlers["failover"](Failover(to="checkpoint"), session)
             else:
                 await handlers["stop"](Nothing(), session)
             return
         if arguments.failover is not UNSET:
             raise Error(Kind.BAD_REQUEST, "Parameter 'failover' is only for stopping replication")
-        status = await handlers["query-status"](Nothing(), session)
         mode = "primary" if arguments.primary else "secondary"
         if status.stage == "none" and status.mode != mode:
             raise Error(

@@ -63,6 +63,13 @@ def test_set_replication(arguments: SetReplication, asked: tuple[str, Any]) -> N
     assert [call for call in worker.asked if call[0] != "query-status"] == [asked]
 
 
+def test_failover_of_a_primary_is_a_stop_as_in_qemu() -> None:
+    worker = Worker()
+    worker.results["query-status"] = status(stage="running", mode="primary")
+    worker.call("xen-set-replication", SetReplication(enable=False, primary=True, failover=True))
+    assert worker.asked[-1] == ("stop", schema.Nothing())
+
+
 def test_start_in_the_other_mode_is_refused_in_qemus_words() -> None:
     worker = Worker()
     with pytest.raises(Error, match="The parameter mode's value is invalid, needs 1, but got 0") as caught:
