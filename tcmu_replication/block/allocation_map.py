@@ -160,14 +160,14 @@ class AllocationMap:
 
     def mark(self, first: int, last: int, state: int) -> None:
         """Set the range's state. Raises `Error` (NO_SPACE); never where `prepare` was called before."""
+        if last - first == 1 and self._safe[first // PAGE]:
+            self._mark_one(PAGE + first, state)
+            return
         for start, end in _by_page(first, last):
             if not self._safe[start // PAGE]:
                 if state == ABSENT:
                     continue
                 self.prepare(start, end)
-            if end - start == 1:
-                self._mark_one(PAGE + start, state)
-                continue
             at, count = PAGE + start, end - start
             before = self._bytes[at : at + count]
             self._bytes[at : at + count] = _STATES[state] * count

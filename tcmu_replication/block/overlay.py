@@ -153,6 +153,9 @@ class Overlay(Node):
         """See `Node.write`. Raises `Error` NO_SPACE at the limit or on a full filesystem."""
         end = offset + (len(buffers[0]) if len(buffers) == 1 else size(buffers))
         first, last = offset // BLOCK, (end - 1) // BLOCK + 1
+        if last - first == 1 and self._map.state(first) == HERE:
+            self.data.write(offset, buffers)
+            return self.flush() if fua else None
         states = self._map.states(first, last)
         fresh = last - first - states.count(HERE)
         if fresh:
