@@ -64,7 +64,12 @@ class Jobs:
             failed = schema.BlockJobError(device=job.name, operation=job.failed_to, action="report")
             self._emit("BLOCK_JOB_ERROR", failed)
         self._status(job.name, *_LAST_WORDS[job.status])
-        numbers: dict[str, Any] = {"type": job.kind, "device": job.name, "len": job.length, "offset": job.offset}
+        numbers: dict[str, Any] = {
+            "type": job.kind,
+            "device": job.name,
+            "len": job.length,
+            "offset": job.offset,
+        }
         if job.status is JobStatus.CANCELLED:
             self._emit("BLOCK_JOB_CANCELLED", schema.BlockJobCancelled(**numbers, speed=0))
         else:

@@ -94,9 +94,7 @@ def one_line(text: str, limit: int = LINE) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
 
 
-def from_os(
-    error: OSError, doing: str, *, offset: int | None = None, length: int | None = None
-) -> Error:
+def from_os(error: OSError, doing: str, *, offset: int | None = None, length: int | None = None) -> Error:
     """An `Error` for `error`, met while `doing` something ("write /dev/sdb").
 
     An errno without a row in KIND_OF_ERRNO is an I/O error. Use as

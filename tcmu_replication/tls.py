@@ -137,6 +137,7 @@ class Context(ssl.SSLContext):
 
 _KINDS = ("DNS", "IP Address")
 
+
 def _no_password() -> str:
     """What OpenSSL asks for if a key has a passphrase."""
     raise ValueError("it has a passphrase, which nobody is there to type")

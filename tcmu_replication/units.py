@@ -36,7 +36,9 @@ def parse_size(text: str) -> int:
     match = _SIZE.match(text)
     factor = _SUFFIXES.get(match[2].upper()) if match else None
     if match is None or factor is None:
-        raise ValueError(f"{text!r} is not a size; expected a whole number and K, M, G or T, as in 256M or 1 TiB")
+        raise ValueError(
+            f"{text!r} is not a size; expected a whole number and K, M, G or T, as in 256M or 1 TiB"
+        )
     return int(match[1]) * factor
 
 

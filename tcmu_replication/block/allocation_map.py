@@ -216,7 +216,9 @@ class AllocationMap:
                 self.zero += zero
 
 
-def merged(upper: AllocationMap, lower: AllocationMap, first: int, last: int) -> Iterator[tuple[int, int, int]]:
+def merged(
+    upper: AllocationMap, lower: AllocationMap, first: int, last: int
+) -> Iterator[tuple[int, int, int]]:
     """As `AllocationMap.marked`, of two maps: a block that `upper` does not have is as in `lower`."""
     while first < last:
         found = [page for page in (upper.next_page(first), lower.next_page(first)) if page >= 0]

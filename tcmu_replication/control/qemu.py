@@ -73,7 +73,9 @@ def names(handlers: Mapping[str, Handler]) -> dict[str, Handler]:
         active, reason = _COLO[status.stage]
         mode: Literal["primary", "secondary"] = status.mode
         return ColoStatus(
-            mode=mode if active else "none", last_mode="none" if status.stage == "none" else mode, reason=reason
+            mode=mode if active else "none",
+            last_mode="none" if status.stage == "none" else mode,
+            reason=reason,
         )
 
     async def lost_heartbeat(arguments: Nothing, session: Session) -> None:

@@ -177,7 +177,9 @@ class BlockExportDeleted(Document, frozen=True, kw_only=True):
 
 
 EXPORTS = table(
-    Command("nbd-server-start", NbdServerStart, None, OPERATOR, "Start an NBD server beside the resource's own."),
+    Command(
+        "nbd-server-start", NbdServerStart, None, OPERATOR, "Start an NBD server beside the resource's own."
+    ),
     Command("nbd-server-stop", Nothing, None, OPERATOR, "End it, its exports and its connections."),
     Command("nbd-server-add", NbdServerAdd, None, OPERATOR, "Export a device or a node."),
     Command("nbd-server-remove", NbdServerRemove, None, OPERATOR, "End an export."),

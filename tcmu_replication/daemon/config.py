@@ -135,7 +135,9 @@ class Resource(_Resource, frozen=True, kw_only=True):
         """This resource's part on host `name`. Raises BAD_CONFIG if it has none there that is ours."""
         host = self.hosts.get(name)
         if isinstance(host, QemuHost):
-            raise refusal(self.path, f"host.{name}.qemu", "true, so that it is QEMU that serves there", "false")
+            raise refusal(
+                self.path, f"host.{name}.qemu", "true, so that it is QEMU that serves there", "false"
+            )
         if host is None:
             raise refusal(
                 self.path,

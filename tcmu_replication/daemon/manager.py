@@ -144,7 +144,9 @@ class Manager:
         found, self._wrong = config.load_all(self._context.config_directory)
         for name, error in self._wrong.items():
             log.error("%s: %s", name, error)
-        mine = {name: resource for name, resource in found.items() if resource.is_served_on(self._context.host)}
+        mine = {
+            name: resource for name, resource in found.items() if resource.is_served_on(self._context.host)
+        }
         before = self._resources
         kept = {name: resource for name, resource in before.items() if name in self._wrong}
         self._resources = mine | kept

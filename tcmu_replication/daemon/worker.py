@@ -222,7 +222,9 @@ class Worker:
                 f"{device}: the backstore {store.path.name} was created with {store.size} bytes, {self.name} has "
                 f"{length}; delete it and create it with size={length}",
             )
-        known = ScsiIdentity(VENDOR, store.path.name, tcmu_replication.__version__[:4], backstore.serial or "")
+        known = ScsiIdentity(
+            VENDOR, store.path.name, tcmu_replication.__version__[:4], backstore.serial or ""
+        )
 
         def identity() -> ScsiIdentity:
             """What LIO says now (the serial comes some time after the device), and our own where it is silent."""

@@ -250,7 +250,9 @@ class Connection:
                         written.append(cookie)
                         continue
                     self._wait_for_write(pending, cookie, length, memory)
-                elif command == _READ and length < SPARSE_FROM:  # longer ones may cost us more than the client
+                elif (
+                    command == _READ and length < SPARSE_FROM
+                ):  # longer ones may cost us more than the client
                     start = behind
                     self._fetch(flags, cookie, offset, length)
                 else:

@@ -134,7 +134,9 @@ class Commit(Job):
             return
         shares = [self._window[start::THREADS] for start in range(THREADS)]
         copying = [
-            self._offload(partial(self._copy, share), f"commit to {self._disk.name}") for share in shares if share
+            self._offload(partial(self._copy, share), f"commit to {self._disk.name}")
+            for share in shares
+            if share
         ]
         cancelled = False
         while any(not pending.done for pending in copying):

@@ -106,9 +106,7 @@ class Session:
             self.calls[cookie] = call
             call.batch = batch
             command = call.command
-            out.append(
-                pack(protocol.REQUEST_MAGIC, call.flags, command, cookie, call.offset, call.length)
-            )
+            out.append(pack(protocol.REQUEST_MAGIC, call.flags, command, cookie, call.offset, call.length))
             queued += transmission.REQUEST_SIZE
             if command == _WRITE:
                 out.extend(call.buffers)

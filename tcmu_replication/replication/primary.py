@@ -356,8 +356,15 @@ class Primary:
         secondary, and is an error from the first such write. Raises `Error(INVALID_STATE)`.
         """
         async with self._lock:
-            if self.filter is None or self.stage is not Stage.RUNNING or self.mirror.detached or self._removed:
-                raise Error(Kind.INVALID_STATE, f"the mirror of {self.name} has no replica that could be removed")
+            if (
+                self.filter is None
+                or self.stage is not Stage.RUNNING
+                or self.mirror.detached
+                or self._removed
+            ):
+                raise Error(
+                    Kind.INVALID_STATE, f"the mirror of {self.name} has no replica that could be removed"
+                )
             self.top.hold()
             try:
                 self.top.unplug()

@@ -196,7 +196,9 @@ class Secondary:
         """The error to go on with: this process may have died, or the host have lost its page cache."""
         if found.boot == manifests.boot_id() or found.clean:
             return found.error
-        reason = "this host went down without a clean stop: forwarded writes since the last flush may be missing"
+        reason = (
+            "this host went down without a clean stop: forwarded writes since the last flush may be missing"
+        )
         if not self._durable:
             raise Error(
                 Kind.INVALID_STATE,
@@ -422,7 +424,9 @@ class Secondary:
             await asyncio.gather(self._commit_task, return_exceptions=True)
             if self.stage is Stage.FAILOVER and self._commit is not None:
                 self._commit.end(JobStatus.CANCELLED, "cancelled")  # its task may not even have begun
-                self._commit_failed(Error(Kind.CANCELLED, "cancelled; the worker's next start goes on with it"))
+                self._commit_failed(
+                    Error(Kind.CANCELLED, "cancelled; the worker's next start goes on with it")
+                )
 
     # --- steps
 

@@ -1,8 +1,8 @@
 """The map file of an overlay of a 40 MiB disk.
 
-    byte 0      bit 0: the header's checksum is put right; 1: the file has its proper size
-    the rest    16 bytes of file each: where they go (two bytes, times 8) and fourteen bytes of content;
-                what is not written is a fresh map
+byte 0      bit 0: the header's checksum is put right; 1: the file has its proper size
+the rest    16 bytes of file each: where they go (two bytes, times 8) and fourteen bytes of content;
+            what is not written is a fresh map
 """
 
 from __future__ import annotations

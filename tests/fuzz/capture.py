@@ -206,7 +206,11 @@ async def control(folder: Path) -> None:
         client = QMPClient("capture")
         await client.connect(str(here))
         await client.execute("query-status")
-        for name, arguments in (("failover", {"to": "latest"}), ("start", {"assume-clean": True}), ("nothing", {})):
+        for name, arguments in (
+            ("failover", {"to": "latest"}),
+            ("start", {"assume-clean": True}),
+            ("nothing", {}),
+        ):
             with contextlib.suppress(ExecuteError):
                 await client.execute(name, arguments)
         await client.disconnect()
@@ -252,7 +256,12 @@ def scsi() -> None:
         cdb = _row("INQUIRY").encode(evpd=1, page_code=page, allocation_length=255)
         _keep_command(f"inquiry-{page:02x}", cdb)
     for option, opcode in ((0, 0), (1, 0x28), (2, 0x9E), (3, 0x28)):
-        fields = {"reporting_options": option, "requested_opcode": opcode, "allocation_length": 2048, "rctd": 1}
+        fields = {
+            "reporting_options": option,
+            "requested_opcode": opcode,
+            "allocation_length": 2048,
+            "rctd": 1,
+        }
         _keep_command(f"operation-codes-{option}", _row("REPORT SUPPORTED OPERATION CODES").encode(**fields))
     for length, name in ((6, "(6)"), (10, "(10)")):
         sensed = _row(f"MODE SENSE {name}").encode(page_code=0x3F, allocation_length=255)
@@ -279,7 +288,10 @@ def _keep_command(name: str, cdb: bytes, data_out: bytes = b"") -> None:
 def own() -> None:
     """What our own code writes."""
     scsi()
-    for name, queue in (("reads", (bytes((0x28, *bytes(6), 0, 8, 0)), 4096)), ("inquiry", (b"\x12\0\0\0\x60\0", 96))):
+    for name, queue in (
+        ("reads", (bytes((0x28, *bytes(6), 0, 8, 0)), 4096)),
+        ("inquiry", (b"\x12\0\0\0\x60\0", 96)),
+    ):
         kernel = FakeKernel(tcmu_ring.RING, tcmu_ring.DATA)
         for _ in range(3):
             kernel.queue(queue[0], in_length=queue[1])
@@ -288,19 +300,30 @@ def own() -> None:
         head = kernel.memory[:68].cast("I")[layout.HEAD_WORD]
         end = layout.MAILBOX_SIZE + head
         keep("tcmu_ring", name, bytes((0, head // 8)), bytes(kernel.memory[layout.MAILBOX_SIZE : end]))
-        keep("tcmu_ring", f"{name}-mailbox", b"\1\0", bytes(kernel.memory[:68]), bytes(kernel.memory[128:end]))
+        keep(
+            "tcmu_ring", f"{name}-mailbox", b"\1\0", bytes(kernel.memory[:68]), bytes(kernel.memory[128:end])
+        )
     kernel = FakeKernel(tcmu_ring.RING, tcmu_ring.DATA)
     kernel.queue(bytes((0x2A, *bytes(6), 0, 16, 0)), bytes(8192))
     kernel.queue(bytes((0x7F, *bytes(6), 24, *bytes(24))), in_length=512)
     kernel.queue(bytes((0x2A, *bytes(9))), bytes(512), 512, bidi=True)
     head = kernel.memory[:68].cast("I")[layout.HEAD_WORD]
     keep("tcmu_ring", "write-long-bidi", bytes((2, head // 8)), bytes(kernel.memory[128 : 128 + head]))
-    whole = Manifest("disk0", Mode.SECONDARY, Stage.RUNNING, 1 << 28, "3f2a", 7, "no", "b", True, "p", "t", 1.5)
+    whole = Manifest(
+        "disk0", Mode.SECONDARY, Stage.RUNNING, 1 << 28, "3f2a", 7, "no", "b", True, "p", "t", 1.5
+    )
     signed = encode(whole)
     keep("manifest", "file", b"\0", signed)
     keep("manifest", "body", b"\1", signed.split(b"\n")[1])
     keep("allocation_map", "fresh", b"\2")
-    keep("allocation_map", "marks", b"\2", b"\2\0" + b"\1\2" * 7, b"\5\0" + b"\0\1" * 7, b"\x02\x40" + b"\1" * 14)
+    keep(
+        "allocation_map",
+        "marks",
+        b"\2",
+        b"\2\0" + b"\1\2" * 7,
+        b"\5\0" + b"\0\1" * 7,
+        b"\x02\x40" + b"\1" * 14,
+    )
     keep("allocation_map", "short", b"\0", b"\2\0" + b"\2" * 14)
     keep("allocation_map", "other-header", b"\3", b"\0\0" + allocation_map.header(1 << 20)[:14])
     example = Path(__file__).parents[2] / "contrib/resources/disk0.toml"

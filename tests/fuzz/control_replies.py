@@ -1,7 +1,7 @@
 """What a control server says to the worker or the manager that has connected to it.
 
-    byte 0      bytes of a piece, 0 for all at once
-    the rest    QMP: greeting, replies to three commands, events
+byte 0      bytes of a piece, 0 for all at once
+the rest    QMP: greeting, replies to three commands, events
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What an operator or the peer says to a control server.
 
-    byte 0      bit 0: the peer (an operator otherwise); bit 1: it has negotiated
-    byte 1      bytes of a piece, 0 for all at once
-    the rest    QMP
+byte 0      bit 0: the peer (an operator otherwise); bit 1: it has negotiated
+byte 1      bytes of a piece, 0 for all at once
+the rest    QMP
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A manifest file.
 
-    byte 0      bit 0: what follows gets the checksum that it should have
-    the rest    the file, or with a checksum the JSON in it
+byte 0      bit 0: what follows gets the checksum that it should have
+the rest    the file, or with a checksum the JSON in it
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What a server says to our client before it has the export.
 
-    byte 0      bit 0: the client wants TLS
-    byte 1      bytes of a piece, 0 for all at once
-    the rest    from the greeting on
+byte 0      bit 0: the client wants TLS
+byte 1      bytes of a piece, 0 for all at once
+the rest    from the greeting on
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What a server says to our client once it has the export: replies to `CALLS`, cookies 1 to 8.
 
-    byte 0      bit 0: structured replies; 1: block status
-    byte 1      bytes of a piece, 0 for all at once
-    byte 2      bytes that the socket takes at a time, 0 for everything
-    the rest    replies
+byte 0      bit 0: structured replies; 1: block status
+byte 1      bytes of a piece, 0 for all at once
+byte 2      bytes that the socket takes at a time, 0 for everything
+the rest    replies
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """What a client says to our server once it has the export: requests and the data of writes.
 
-    byte 0      bit 0: structured replies; 1: block status; 2: read-only
-    byte 1      bytes of a piece, 0 for all at once
-    byte 2      bytes that the socket takes at a time, 0 for everything
-    byte 3      which of eight calls of the disk end late
-    the rest    requests
+byte 0      bit 0: structured replies; 1: block status; 2: read-only
+byte 1      bytes of a piece, 0 for all at once
+byte 2      bytes that the socket takes at a time, 0 for everything
+byte 3      which of eight calls of the disk end late
+the rest    requests
 """
 
 from __future__ import annotations
@@ -23,9 +23,7 @@ from tests.fuzz.script import Script
 from tests.fuzz.wire import Loop, Wire, running
 
 LENGTH = 256 << 10
-WORDS = tuple(
-    protocol.REQUEST_MAGIC.to_bytes(4) + b"\0\0" + command.to_bytes(2) for command in Command
-)
+WORDS = tuple(protocol.REQUEST_MAGIC.to_bytes(4) + b"\0\0" + command.to_bytes(2) for command in Command)
 MAX_LENGTH = 8192
 
 

@@ -1,8 +1,8 @@
 """What a client says to our server before it has an export.
 
-    byte 0      bit 0: the listener has TLS; bit 1: it has one export
-    byte 1      bytes of a piece, 0 for all at once
-    the rest    from the client's flags on
+byte 0      bit 0: the listener has TLS; bit 1: it has one export
+byte 1      bytes of a piece, 0 for all at once
+the rest    from the client's flags on
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """CDBs with their data, for one logical unit.
 
-    byte 0      bit 0: blocks of 4096 bytes; 1: read-only; 2: no write cache; 3: answers come late
-    then        any number of commands: length of the CDB (a byte), the CDB, length of the Data-In area (two
-                bytes), length of the Data-Out area (two bytes; 0xFFFF: 128 KiB of zeroes), Data-Out
+byte 0      bit 0: blocks of 4096 bytes; 1: read-only; 2: no write cache; 3: answers come late
+then        any number of commands: length of the CDB (a byte), the CDB, length of the Data-In area (two
+            bytes), length of the Data-Out area (two bytes; 0xFFFF: 128 KiB of zeroes), Data-Out
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What the kernel puts into the memory that it shares with us.
 
-    byte 0      bit 0: the mailbox, too, is what follows (its first 68 bytes); bit 1: more than one round
-    byte 1      cmd_head, in words of eight bytes
-    the rest    the ring from its start on; zeroes behind that
+byte 0      bit 0: the mailbox, too, is what follows (its first 68 bytes); bit 1: more than one round
+byte 1      cmd_head, in words of eight bytes
+the rest    the ring from its start on; zeroes behind that
 """
 
 from __future__ import annotations

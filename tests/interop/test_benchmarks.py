@@ -38,7 +38,9 @@ def test_ratios_above_one_are_in_our_favour():
 
 
 def test_picture_leaves_out_what_has_no_ratio(tmp_path):
-    found = report.lines([Sample("commit", "ours", 300.0), Sample("pause", "QEMU", 2.0), Sample("pause", "ours", 1.0)])
+    found = report.lines(
+        [Sample("commit", "ours", 300.0), Sample("pause", "QEMU", 2.0), Sample("pause", "ours", 1.0)]
+    )
     picture.draw(tmp_path / "picture.svg", found, "a <machine>")
     drawn = (tmp_path / "picture.svg").read_text()
     assert "checkpoint pause" in drawn

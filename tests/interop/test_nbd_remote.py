@@ -56,7 +56,17 @@ def qemu_nbd(path: Path) -> contextlib.AbstractAsyncContextManager[Any]:
         with image.open("wb") as file:
             file.truncate(LENGTH)
     return tools.server(
-        "qemu-nbd", "-t", "-f", "raw", "--discard=unmap", "-k", str(where), "-x", "disk0", str(image), socket=where
+        "qemu-nbd",
+        "-t",
+        "-f",
+        "raw",
+        "--discard=unmap",
+        "-k",
+        str(where),
+        "-x",
+        "disk0",
+        str(image),
+        socket=where,
     )
 
 
@@ -113,7 +123,13 @@ SERVERS = {
     "nbdkit memory": ("memory", str(LENGTH)),
     "nbdkit without structured replies": ("--no-sr", "memory", str(LENGTH)),
     "nbdkit that answers late": ("--filter=delay", "memory", str(LENGTH), "rdelay=2ms", "wdelay=1ms"),
-    "nbdkit without zeroes and FUA": ("--filter=nozero", "--filter=fua", "memory", str(LENGTH), "fuamode=discard"),
+    "nbdkit without zeroes and FUA": (
+        "--filter=nozero",
+        "--filter=fua",
+        "memory",
+        str(LENGTH),
+        "fuamode=discard",
+    ),
     "nbdkit with small requests": (
         "--filter=blocksize-policy",
         "memory",
@@ -145,7 +161,18 @@ def test_remote_over_nbdkit_over_tcp(tmp_path: Path) -> None:
     async def body() -> None:
         port = free_port()
         pid = tmp_path / "pid"
-        command = ("nbdkit", "--foreground", "-i", "127.0.0.1", "-p", str(port), "-P", str(pid), "memory", str(LENGTH))
+        command = (
+            "nbdkit",
+            "--foreground",
+            "-i",
+            "127.0.0.1",
+            "-p",
+            str(port),
+            "-P",
+            str(pid),
+            "memory",
+            str(LENGTH),
+        )
         async with tools.server(*command, socket=pid), opened(Tcp("127.0.0.1", port)) as remote:
             await exercise(remote)
 

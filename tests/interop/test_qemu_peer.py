@@ -323,7 +323,9 @@ def read(nbd: Nbd) -> bytes:
 
 
 @pytest.mark.parametrize(("transport", "primary", "secondary"), OVER)
-def test_load_checkpoints_and_failover_to_the_checkpoint(transport: str, primary: str, secondary: str) -> None:
+def test_load_checkpoints_and_failover_to_the_checkpoint(
+    transport: str, primary: str, secondary: str
+) -> None:
     with pair(transport, primary, secondary) as both:
         running = load(both.primary, 1)
         while running.poll() is None and both.checkpoint_end is not None:
@@ -416,7 +418,11 @@ def test_qemu_secondary_that_does_not_replicate_is_refused_and_says_so() -> None
 
 @pytest.mark.parametrize("wrong", ["another size", "read-only", "another name"])
 def test_qemu_export_that_is_not_the_disk_is_refused_and_says_so(wrong: str) -> None:
-    said = {"another size": f"it must have {SIZE}", "read-only": "is read-only", "another name": "no export 'disk0'"}
+    said = {
+        "another size": f"it must have {SIZE}",
+        "read-only": "is read-only",
+        "another name": "no export 'disk0'",
+    }
     with qemu.images() as base:
         both = Pair(Place(base, "tcp"), "ours", "qemu", qmp=False)
         try:

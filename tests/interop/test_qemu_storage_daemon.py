@@ -58,7 +58,9 @@ def test_it_opens_our_export_and_serves_it_again(tmp_path: Path, certificates: P
         where, original, copy = (tmp_path / name for name in ("again.sock", "original.img", "copy.img"))
         original.write_bytes(os.urandom(LENGTH // 2) + bytes(LENGTH // 2))
         known, option = credentials(certificates, "client")
-        disk = f"driver=nbd,node-name=d,server.type=inet,server.host=127.0.0.1,server.port={port},export=disk0"
+        disk = (
+            f"driver=nbd,node-name=d,server.type=inet,server.host=127.0.0.1,server.port={port},export=disk0"
+        )
         command = ["qemu-storage-daemon", *known, "--blockdev", disk + option]
         command += ["--nbd-server", f"addr.type=unix,addr.path={where}"]
         command += ["--export", "nbd,id=e,node-name=d,name=again,writable=on"]

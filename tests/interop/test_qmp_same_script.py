@@ -388,7 +388,10 @@ class Schema:
         return found | {m["name"]: (self.json_type(m["type"]), "default" not in m) for m in members}
 
 
-OURS = {"query-status": "a document of our own, with QEMU's members", "stop": "of replication, not of a machine"}
+OURS = {
+    "query-status": "a document of our own, with QEMU's members",
+    "stop": "of replication, not of a machine",
+}
 
 
 def test_schema_of_what_both_have(directory: Path) -> None:
@@ -418,4 +421,6 @@ def test_schema_of_what_both_have(directory: Path) -> None:
 def check_given(mine: dict[str, tuple[str, bool]], theirs: dict[str, tuple[str, bool]], name: str) -> None:
     """What a client of QEMU's may rely on is there, and nothing is of another type."""
     assert {member for member, (_, needed) in theirs.items() if needed} <= set(mine), name
-    assert {m: kind for m, (kind, _) in mine.items()}.items() <= {m: k for m, (k, _) in theirs.items()}.items(), name
+    assert {m: kind for m, (kind, _) in mine.items()}.items() <= {
+        m: k for m, (k, _) in theirs.items()
+    }.items(), name

@@ -72,7 +72,9 @@ class Board:
 def main() -> int:
     """Runs the story as the command line says; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.lab.demo", description=__doc__.split("\n")[0])
-    parser.add_argument("--to", choices=("latest", "checkpoint"), default="latest", help="what the failover is to")
+    parser.add_argument(
+        "--to", choices=("latest", "checkpoint"), default="latest", help="what the failover is to"
+    )
     parser.add_argument("--logs", type=pathlib.Path, help="where each host's console and commands go")
     arguments = parser.parse_args()
     logs = arguments.logs or REPOSITORY / "lab-logs" / time.strftime("demo-%Y%m%d-%H%M%S")

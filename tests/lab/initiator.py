@@ -29,7 +29,9 @@ class Session:
         host.run(f"iscsiadm -m discovery -t sendtargets -p {address}")
         host.run(f"iscsiadm -m node -T {name} -p {address} --login")
         # The directories of sessions do not bear the target's name: find it first.
-        session = host.run(f"grep -lx {name} /sys/class/iscsi_session/session*/targetname").stdout.split("/")[-2]
+        session = host.run(f"grep -lx {name} /sys/class/iscsi_session/session*/targetname").stdout.split("/")[
+            -2
+        ]
         self.device = block_device(host, f"/sys/class/iscsi_session/{session}/device/target*/*:0")
 
     def logout(self) -> None:

@@ -45,4 +45,6 @@ def wait_for_writes(host: Host, device: str, count: int = 500, timeout: float = 
     """Returns when `count` more writes of a disk are done: the load is in full swing."""
     statistics = f"/sys/block/{device.removeprefix('/dev/')}/stat"
     done = int(host.read(statistics).split()[4])  # "write I/Os", Documentation/block/stat.rst
-    host.wait_until(f"{{ read -r a b c d writes rest < {statistics}; [ $writes -ge {done + count} ]; }}", timeout)
+    host.wait_until(
+        f"{{ read -r a b c d writes rest < {statistics}; [ $writes -ge {done + count} ]; }}", timeout
+    )

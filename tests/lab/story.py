@@ -97,7 +97,9 @@ class Story:
         self.pair.start()
         self._serve(self.alpha)
         states = [self.pair.status(host) for host in (self.alpha, self.beta)]
-        return f"{TARGET}; " + ", ".join(f"{state['host']} {state['mode']} {state['stage']}" for state in states)
+        return f"{TARGET}; " + ", ".join(
+            f"{state['host']} {state['mode']} {state['stage']}" for state in states
+        )
 
     def _serve(self, host: Host) -> None:
         host.python(GUEST / "take_address.py", f"{SERVICE}/24")
@@ -107,7 +109,9 @@ class Story:
 
     def log_in(self) -> str:
         session = Session(self.client, TARGET, SERVICE)
-        self.client.run(f"mkfs.ext4 -q {session.device} && mkdir -p {MOUNT} && mount {session.device} {MOUNT}")
+        self.client.run(
+            f"mkfs.ext4 -q {session.device} && mkdir -p {MOUNT} && mount {session.device} {MOUNT}"
+        )
         self.session = session
         return f"{session.device}, serial number {pair.SERIAL}"
 
@@ -203,7 +207,9 @@ class Story:
         self.writer.wait_for(f"last-{IN_FLIGHT:04}", timeout=120)
         self.alpha.kill()
         self.killed_at = time.monotonic()
-        return f"SIGKILL to its kernel; {len(trees.written(self.writer.stdout))} files of the writer were synced"
+        return (
+            f"SIGKILL to its kernel; {len(trees.written(self.writer.stdout))} files of the writer were synced"
+        )
 
     def failover(self) -> str:
         began = time.monotonic()
@@ -221,7 +227,9 @@ class Story:
         written = self._end_writer(self.writer)
         self.client.run(f"umount {MOUNT}", timeout=120)
         self.session.logout()
-        return f"{len(written)} files by one writer, no error; going again {stalled:.1f} s after the power loss"
+        return (
+            f"{len(written)} files by one writer, no error; going again {stalled:.1f} s after the power loss"
+        )
 
     def client_goes_back(self) -> str:
         self.client.restart()

@@ -158,5 +158,3 @@ def test_full_overlay_disk_leaves_the_checkpoint_intact(replicated: Pair, lun: t
     assert replicated.status(replicated.primary)["error"]
     with target.Loop(replicated.backstores[secondary.name]) as loop:
         assert whole(secondary, loop.device) == at_checkpoint
-
-

@@ -30,7 +30,10 @@ def test_iscsi_lun_carries_a_file_system_over_the_network(alpha: Host, client: H
 
 
 def test_block_backstore_is_a_local_disk_through_loopback(beta: Host) -> None:
-    with target.block(beta, "block0", SERIAL, beta.device("data")) as backstore, target.Loop(backstore) as loop:
+    with (
+        target.block(beta, "block0", SERIAL, beta.device("data")) as backstore,
+        target.Loop(backstore) as loop,
+    ):
         beta.run(f"printf through | dd of={loop.device} bs=512 seek=1 conv=fsync,notrunc status=none")
         serial = beta.run(f"cat /sys/block/{loop.device.removeprefix('/dev/')}/device/vpd_pg80 | tail -c +5")
         assert serial.stdout.rstrip("\0") == SERIAL

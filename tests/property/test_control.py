@@ -23,8 +23,11 @@ requests = st.fixed_dictionaries(
     {"execute": names | st.text()},
     optional={
         "arguments": st.dictionaries(
-            st.sampled_from(["to", "device", "epoch", "resource", "protocol", "addr", "parent", "enable", "x"]),
-            json_values | st.fixed_dictionaries({"type": st.sampled_from(["inet", "x"]), "data": json_values}),
+            st.sampled_from(
+                ["to", "device", "epoch", "resource", "protocol", "addr", "parent", "enable", "x"]
+            ),
+            json_values
+            | st.fixed_dictionaries({"type": st.sampled_from(["inet", "x"]), "data": json_values}),
         ),
         "id": json_values,
         "exec-oob": names,

@@ -1,7 +1,7 @@
 """Certificates for tests, made with the openssl program: a CA, and directories as docs/tls.md describes them.
 
-    authority = Authority(path)
-    authority.issue(path / "alpha", "alpha", "127.0.0.1")     all five files of one host
+authority = Authority(path)
+authority.issue(path / "alpha", "alpha", "127.0.0.1")     all five files of one host
 """
 
 from __future__ import annotations

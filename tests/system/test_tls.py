@@ -124,14 +124,19 @@ def test_secondary_with_the_wrong_certificate_is_refused(tmp_path, authority, ce
         assert f"{wrong}/server-cert.pem: the peer will refuse it: its certificate" in check.stderr
 
 
-def test_primary_with_the_wrong_certificate_is_refused_and_the_secondary_says_why(tmp_path, authority, certificates):
+def test_primary_with_the_wrong_certificate_is_refused_and_the_secondary_says_why(
+    tmp_path, authority, certificates
+):
     authority.issue(certificates["alpha"], "gamma")
     with Pair(tmp_path, size=SIZE, link=LINK, certificates=certificates) as pair:
         pair.beta.cli("start", "disk0")
         refused = pair.alpha.cli("start", "disk0", check=False)
         assert refused.returncode != 0
         assert pair.alpha.status()["stage"] == "none"
-        assert "a client of the control port was refused: its certificate names gamma" in pair.beta.log.read_text()
+        assert (
+            "a client of the control port was refused: its certificate names gamma"
+            in pair.beta.log.read_text()
+        )
 
 
 @pytest.mark.parametrize("bare", ["alpha", "beta"])

@@ -21,7 +21,9 @@ LINK: dict[str, object] = {"reconnect-delay": 1.0, "timeout": 2.0}
 
 
 @contextlib.contextmanager
-def exported(base: Path, size: int, *options: str, export: str = "disk0") -> Iterator[subprocess.Popen[bytes]]:
+def exported(
+    base: Path, size: int, *options: str, export: str = "disk0"
+) -> Iterator[subprocess.Popen[bytes]]:
     """qemu-nbd where the secondary should be, with an image of `size` bytes."""
     image, link = base / f"peer-{size}.img", base / "link"
     with open(image, "ab") as file:

@@ -36,7 +36,18 @@ MAY = {
     "replication": ["block", "jobs", "control"],
     "frontend": ["block", "scsi", "tcmu", "nbd"],
     "daemon": ["block", "control", "frontend", "host", "replication", "scsi", "tcmu", "jobs", "nbd"],
-    "handlers": ["block", "control", "daemon", "frontend", "jobs", "nbd", "replication", "tcmu", "scsi", "host"],
+    "handlers": [
+        "block",
+        "control",
+        "daemon",
+        "frontend",
+        "jobs",
+        "nbd",
+        "replication",
+        "tcmu",
+        "scsi",
+        "host",
+    ],
     "cli": ["control", "daemon"],
 }
 

@@ -164,7 +164,9 @@ def test_key_with_a_passphrase_is_refused_and_not_asked_for(made: Path, tmp_path
     directory = broken(made, tmp_path)
     key = directory / "server-key.pem"
     locked = directory / "locked"
-    subprocess.run(["openssl", "pkey", "-aes128", "-passout", "pass:x", "-in", key, "-out", locked], check=True)
+    subprocess.run(
+        ["openssl", "pkey", "-aes128", "-passout", "pass:x", "-in", key, "-out", locked], check=True
+    )
     locked.rename(key)
     with pytest.raises(Error, match=r"server-key.pem: it has a passphrase"):
         server(directory)

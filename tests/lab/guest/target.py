@@ -1,12 +1,12 @@
 """Configures a lab host's kernel target through rtslib; tests/lab/target.py has the callers' side.
 
-    block NAME SERIAL DEVICE
-    fileio NAME SERIAL PATH SIZE
-    user NAME SERIAL CONFIG SIZE [KEY=VALUE,… for control]
-    export PLUGIN NAME TARGET ADDRESS
-    loop PLUGIN NAME WWN            prints the directory of the LUN's SCSI device in /sys
-    delete-backstore PLUGIN NAME
-    delete-target FABRIC TARGET
+block NAME SERIAL DEVICE
+fileio NAME SERIAL PATH SIZE
+user NAME SERIAL CONFIG SIZE [KEY=VALUE,… for control]
+export PLUGIN NAME TARGET ADDRESS
+loop PLUGIN NAME WWN            prints the directory of the LUN's SCSI device in /sys
+delete-backstore PLUGIN NAME
+delete-target FABRIC TARGET
 """
 
 import pathlib
@@ -39,7 +39,12 @@ def fileio(name: str, serial: str, path: str, size: str) -> None:
 
 def user(name: str, serial: str, config: str, size: str, control: str = "") -> None:
     lio.UserBackedStorageObject(
-        name, config=config, size=int(size), wwn=serial, hw_max_sectors=HW_MAX_SECTORS, control=control or None
+        name,
+        config=config,
+        size=int(size),
+        wwn=serial,
+        hw_max_sectors=HW_MAX_SECTORS,
+        control=control or None,
     )
 
 

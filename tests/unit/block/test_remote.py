@@ -749,11 +749,13 @@ LIES = {
     "data chunk without an offset": lambda cookie: transmission.chunk(cookie, Chunk.OFFSET_DATA, bytes(4)),
     "data with a gap": lambda cookie: data_chunk(cookie, 4097, bytes(511)),
     "data too short": lambda cookie: data_chunk(cookie, 4096, bytes(511)),
-    "data twice": lambda cookie: data_chunk(cookie, 4096, bytes(512), done=False)
-    + data_chunk(cookie, 4096, bytes(512)),
+    "data twice": lambda cookie: (
+        data_chunk(cookie, 4096, bytes(512), done=False) + data_chunk(cookie, 4096, bytes(512))
+    ),
     "data without an end": lambda cookie: data_chunk(cookie, 4096, bytes(512), done=False) * 2,
-    "holes without an end": lambda cookie: 2
-    * transmission.chunk(cookie, Chunk.OFFSET_HOLE, struct.pack(">QI", 4096, 512), done=False),
+    "holes without an end": lambda cookie: (
+        2 * transmission.chunk(cookie, Chunk.OFFSET_HOLE, struct.pack(">QI", 4096, 512), done=False)
+    ),
     "no data": lambda cookie: transmission.chunk(cookie, Chunk.NONE),
     "hole outside": lambda cookie: transmission.chunk(cookie, Chunk.OFFSET_HOLE, struct.pack(">QI", 0, 512)),
     "block status": lambda cookie: transmission.status_chunk(cookie, 1, [(512, 0)]),

@@ -143,7 +143,9 @@ def test_lost_heartbeat_where_nothing_runs(stage: str, text: str) -> None:
 
 def test_reason_of_an_error_is_in_our_own_answer_only() -> None:
     worker = Worker()
-    worker.results["query-errors"] = schema.ErrorStatus(error=True, desc="I/O error occurred: the link is lost")
+    worker.results["query-errors"] = schema.ErrorStatus(
+        error=True, desc="I/O error occurred: the link is lost"
+    )
     result = worker.call("query-xen-replication-status", schema.Nothing())
     assert result.desc == "I/O error occurred"
 

@@ -76,7 +76,12 @@ def test_peer_with_the_right_certificate_is_answered(made: Path) -> None:
 REFUSED = {
     # the client's directory, the server's name that it wants, what it is told, what the server notes
     "server of another name": ("alpha", "gamma", "names beta, and not gamma", ""),
-    "client of another name": ("beta", "beta", "it may not accept our certificate", "names beta, and not alpha"),
+    "client of another name": (
+        "beta",
+        "beta",
+        "it may not accept our certificate",
+        "names beta, and not alpha",
+    ),
     "client of another CA": ("stranger", "beta", "it may not accept our certificate", "not signed by our CA"),
 }
 

@@ -39,7 +39,9 @@ class Raw:
     async def say(self, data: bytes) -> None:
         await self.loop.sock_sendall(self.sock, data)
 
-    async def ask(self, command: int, offset: int = 0, length: int = 0, flags: int = 0, cookie: int = 7) -> None:
+    async def ask(
+        self, command: int, offset: int = 0, length: int = 0, flags: int = 0, cookie: int = 7
+    ) -> None:
         head = protocol.REQUEST.pack(protocol.REQUEST_MAGIC, flags, command, cookie, offset, length)
         await self.say(head)
 

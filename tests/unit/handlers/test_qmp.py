@@ -118,7 +118,12 @@ def test_commit_is_a_visible_job_with_its_events(play: Any) -> None:
         assert await beta.ask("query-block-jobs") == await beta.ask("query-jobs") == []
         await beta.ask("failover", to="checkpoint")
         [job] = await beta.ask("query-block-jobs")
-        assert (job["type"], job["device"], job["status"], job["busy"]) == ("commit", "commit-disk0", "running", True)
+        assert (job["type"], job["device"], job["status"], job["busy"]) == (
+            "commit",
+            "commit-disk0",
+            "running",
+            True,
+        )
         assert [job["id"] for job in await beta.ask("query-jobs")] == ["commit-disk0"]
         await beta.until(Stage.DONE)
         assert await beta.ask("query-block-jobs") == await beta.ask("query-jobs") == []
@@ -185,7 +190,12 @@ def test_backup_that_is_cancelled_is_its_unexpected_end(play: Any) -> None:
 
 def test_nodes_and_devices_of_both_ends(play: Any) -> None:
     async def story(alpha: End, beta: End) -> None:
-        assert await named(alpha) == {"top": "quorum", "disk": "raw", "replication": "replication", "remote": "nbd"}
+        assert await named(alpha) == {
+            "top": "quorum",
+            "disk": "raw",
+            "replication": "replication",
+            "remote": "nbd",
+        }
         await alpha.ask("x-blockdev-change", parent="top", child="children.1")
         assert set(await named(alpha)) == {"top", "disk", "replication", "remote"}
         assert await named(beta) == {
@@ -202,7 +212,9 @@ def test_nodes_and_devices_of_both_ends(play: Any) -> None:
         assert image["backing-image"]["backing-image"]["filename"] == str(beta.directory / "disk.img")
         flat = await beta.ask("query-named-block-nodes", flat=True)
         assert not any("backing-image" in node["image"] for node in flat)
-        shown = {device["device"]: device["inserted"]["node-name"] for device in await beta.ask("query-block")}
+        shown = {
+            device["device"]: device["inserted"]["node-name"] for device in await beta.ask("query-block")
+        }
         assert shown == {"disk0": "replication", "disk0-disk": "copy-before-write"}
 
     play(story)
@@ -305,5 +317,3 @@ def test_what_is_part_of_the_chain_is_not_exported(play: Any) -> None:
             await alpha.ask("nbd-server-start", addr={"type": "inet", "data": {"host": "", "port": "http"}})
 
     play(story)
-
-

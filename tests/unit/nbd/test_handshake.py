@@ -173,7 +173,9 @@ HUNG_UP = {
     "an option of a client without the fixed newstyle": b"\0\0\0\x02" + option(7, name_and_infos("disk0")),
     "a name too long": FIXED + option(7, name_and_infos("n" * 4097)),
     "a name that is not UTF-8": FIXED + option(1, b"\xff\xfe"),
-    "a query that is not UTF-8": FIXED + STRUCTURED + option(10, string("disk0") + b"\0\0\0\x01\0\0\0\x01\xff"),
+    "a query that is not UTF-8": FIXED
+    + STRUCTURED
+    + option(10, string("disk0") + b"\0\0\0\x01\0\0\0\x01\xff"),
 }
 
 

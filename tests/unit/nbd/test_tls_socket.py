@@ -205,7 +205,9 @@ def test_peer_that_is_gone_is_an_error_of_the_next_call(directory: Path) -> None
     run(directory, body, 4 * KiB)
 
 
-@pytest.mark.parametrize("garbage", [b"\x25\x60\x95\x13" * 7, b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\xff\xff"])
+@pytest.mark.parametrize(
+    "garbage", [b"\x25\x60\x95\x13" * 7, b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\xff\xff"]
+)
 def test_garbage_instead_of_a_handshake_is_refused(directory: Path, garbage: bytes) -> None:
     async def main() -> None:
         ours, theirs = socket.socketpair()

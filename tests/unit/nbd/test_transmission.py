@@ -19,7 +19,10 @@ REQUESTS = {
     "write with FUA": (f"25609513 0001 0001 {C} 0000000000000000 00000001", (1, 1, COOKIE, 0, 1)),
     "disconnect": (f"25609513 0000 0002 {C} 0000000000000000 00000000", (0, 2, COOKIE, 0, 0)),
     "longest write": (f"25609513 0000 0001 {C} 0000000000000000 02000000", (0, 1, COOKIE, 0, 32 << 20)),
-    "zeroes of 4 GiB": (f"25609513 0002 0006 {C} 0000000100000000 ffffffff", (2, 6, COOKIE, 1 << 32, 2**32 - 1)),
+    "zeroes of 4 GiB": (
+        f"25609513 0002 0006 {C} 0000000100000000 ffffffff",
+        (2, 6, COOKIE, 1 << 32, 2**32 - 1),
+    ),
     "unknown command": (f"25609513 8000 00ff {C} 0000000000000000 00000000", (0x8000, 255, COOKIE, 0, 0)),
 }
 
@@ -92,7 +95,9 @@ LIES = {
     "hole of nothing": lambda: transmission.parse_hole_chunk(memoryview(bytes(12))),
     "status too short": lambda: transmission.parse_status_chunk(memoryview(b"\0\0\0\1"), 1),
     "status cut off": lambda: transmission.parse_status_chunk(memoryview(b"\0\0\0\1" + bytes(9)), 1),
-    "status of another context": lambda: transmission.parse_status_chunk(memoryview(b"\0\0\0\2" + b"\1" * 8), 1),
+    "status of another context": lambda: transmission.parse_status_chunk(
+        memoryview(b"\0\0\0\2" + b"\1" * 8), 1
+    ),
     "status of nothing": lambda: transmission.parse_status_chunk(memoryview(b"\0\0\0\1" + bytes(8)), 1),
 }
 
