@@ -59,7 +59,7 @@ class Qmp:
                 self.events.append(message)
             elif "error" in message:
                 raise QmpError(message["error"]["desc"])
-            else:
+            elif "QMP" not in message:  # QEMU greets twice when it is connected to while it starts
                 return message["return"]
 
     def wait_event(self, name: str, **data: Any) -> dict[str, Any]:
