@@ -112,15 +112,33 @@ def save(directory: Path, manifest: Manifest) -> None:
     path = directory / NAME
     new = directory / (NAME + ".new")
     try:
-        with open(new, "wb") as file:
-            file.write(encode(manifest))
-            file.flush()
-            os.fsync(file.fileno())
+        before = path.read_bytes() if path.exists() else None
+        _write(new, encode(manifest))
         os.replace(new, path)
-        sync_directory(directory)
+        try:
+            sync_directory(directory)
+        except OSError:
+            # It is in place and the caller will be told that it is not: put back what it goes on with.
+            _put_back(path, new, before)
+            raise
     except OSError as e:
         new.unlink(missing_ok=True)
         raise from_os(e, f"write {path}") from e
+
+
+def _write(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _put_back(path: Path, new: Path, before: bytes | None) -> None:
+    if before is None:
+        path.unlink()
+    else:
+        _write(new, before)
+        os.replace(new, path)
 
 
 def sync_directory(directory: Path) -> None:

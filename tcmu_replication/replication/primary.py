@@ -211,28 +211,36 @@ class Primary:
         pairing that is done begins again.
         """
         async with self._lock:
+            before = self.machine
             if anew and self.stage is Stage.DONE:
                 self.machine = Machine(Mode.PRIMARY)
-            if self.machine.ask(Operation.START) is Action.IGNORE:
-                return False
-            self.machine.check_mode(mode)
-            state = await self._hello()
-            remote = self._connect(self.verify)
-            self.top.hold()
             try:
-                await remote.open()
-                await settle(self.top.drained())
-                if not anew:
-                    await self._probe(remote)
-                self._begin(state, remote)
+                if self.machine.ask(Operation.START) is Action.IGNORE:
+                    return False
+                self.machine.check_mode(mode)
+                await self._connect_and_begin(anew)
             except Error:
-                remote.close()
-                await remote.wait_closed()
+                self.machine = before
                 raise
-            finally:
-                self.top.release()
             log.info("%s: running as primary, epoch %d", self.name, self.epoch)
             return True
+
+    async def _connect_and_begin(self, anew: bool) -> None:
+        state = await self._hello()
+        remote = self._connect(self.verify)
+        self.top.hold()
+        try:
+            await remote.open()
+            await settle(self.top.drained())
+            if not anew:
+                await self._probe(remote)
+            self._begin(state, remote)
+        except Error:
+            remote.close()
+            await remote.wait_closed()
+            raise
+        finally:
+            self.top.release()
 
     def _begin(self, state: PeerState, remote: Remote) -> None:
         """With requests held: from now on every write goes to both disks."""

@@ -146,9 +146,10 @@ class Secondary:
         found = manifests.load(self._directory)
         if found is not None:
             found = self._check(found)
-        self._epochs.sweep(None if found is None or found.stage is Stage.DONE else found.epoch)
         if found is not None and found.stage is not Stage.NONE:
             await self._resume(found)
+        # Only now: what the manifest names has been opened, so nothing else is needed any more.
+        self._epochs.sweep(None if found is None or found.stage is Stage.DONE else found.epoch)
         self._opened = True
 
     async def _resume(self, found: Manifest) -> None:
@@ -244,38 +245,51 @@ class Secondary:
         error or the first failed check's, with nothing started.
         """
         async with self._lock:
+            before = self.machine
             if anew and self.stage is Stage.DONE:
                 self.machine = Machine(Mode.SECONDARY)
-                self.filter.reads = self.filter.writes = self._closed
-            if self.machine.ask(Operation.START) is Action.IGNORE:
-                return False
-            self.machine.check_mode(mode)
-            if self._sweeper is not None:
-                # What it removes is removed by name, and may have the names of the new pair.
-                await self._sweeper
-            pair = self._epochs.create(1)
             try:
-                self.check_chain(pair.active, pair.hidden)
-                await self._make_durable(pair)
-                self._save(
-                    stage=Stage.RUNNING,
-                    generation=str(uuid.uuid4()),
-                    epoch=1,
-                    error=None,
-                    boot=manifests.boot_id(),
-                    clean=False,
-                    checkpoint_at=_now(),
-                    checkpoint_pause_ms=0.0,
-                )
+                if self.machine.ask(Operation.START) is Action.IGNORE:
+                    return False
+                self.machine.check_mode(mode)
+                await self._begin()
             except Error:
-                pair.destroy()
+                self.machine = before
                 raise
+            log.info("%s: running as secondary, epoch 1", self.name)
+            return True
+
+    async def _begin(self) -> None:
+        """The first epoch. Requests are held: the LUN shows its disk, or nothing yet, until it begins."""
+        if self._sweeper is not None:
+            # What it removes is removed by name, and may have the names of the new pair.
+            await self._sweeper
+        pair = self._epochs.create(1)
+        self.top.hold()
+        try:
+            self.check_chain(pair.active, pair.hidden)
+            await settle(self.top.drained())
+            await self._make_durable(pair)
+            self._save(
+                stage=Stage.RUNNING,
+                generation=str(uuid.uuid4()),
+                epoch=1,
+                error=None,
+                boot=manifests.boot_id(),
+                clean=False,
+                checkpoint_at=_now(),
+                checkpoint_pause_ms=0.0,
+            )
             self._pair = pair
             self.machine.forget_error()
             self.machine.move(Operation.START)
             await self._activate(pair)
-            log.info("%s: running as secondary, epoch 1", self.name)
-            return True
+        except Error:
+            if self._pair is not pair:
+                pair.destroy()
+            raise
+        finally:
+            self.top.release()
 
     def check_chain(self, active: Node, hidden: Node) -> None:
         """What replication_start checks on a secondary, in its order and with its texts."""

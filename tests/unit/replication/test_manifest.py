@@ -87,3 +87,21 @@ def test_save_on_a_full_disk_keeps_the_old_one(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert manifests.load(tmp_path) == SAMPLE
     assert [p.name for p in tmp_path.iterdir()] == [manifests.NAME]
+
+
+def test_save_whose_directory_cannot_be_synced_puts_the_old_one_back(tmp_path, monkeypatch):
+    def broken(directory):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(manifests, "sync_directory", broken)
+    with pytest.raises(Error):
+        manifests.save(tmp_path, SAMPLE)
+    assert manifests.load(tmp_path) is None
+    monkeypatch.undo()
+    manifests.save(tmp_path, SAMPLE)
+    monkeypatch.setattr(manifests, "sync_directory", broken)
+    with pytest.raises(Error) as refused:
+        manifests.save(tmp_path, Manifest("disk0", Mode.SECONDARY, Stage.DONE, 1 << 20))
+    assert refused.value.kind is Kind.IO
+    assert manifests.load(tmp_path) == SAMPLE
+    assert [p.name for p in tmp_path.iterdir()] == [manifests.NAME]

@@ -576,3 +576,17 @@ def test_failures_of_the_local_disk_are_told_with_their_meaning(site):
     assert [(f.child, f.operation, f.offset, f.length, f.final) for f in told] == [
         ("disk", "write", BLOCK, BLOCK, True)
     ]
+
+
+def test_start_anew_that_fails_leaves_the_stage(site):
+    async def story():
+        await site.engine.start(Mode.PRIMARY)
+        await site.engine.stop()
+        site.peer = site.peer._replace(stage=Stage.NONE)
+        with pytest.raises(Error, match="start it first"):
+            await site.engine.start(Mode.PRIMARY, anew=True)
+        assert site.engine.stage is Stage.DONE
+        await site.write(0, 1)
+        assert site.byte(0) == (1, 0)
+
+    run(site, story)

@@ -692,3 +692,39 @@ def test_end_of_a_commit_and_of_the_backup_are_told(tmp_path):
     run(story())
     assert [stage for stage, _ in told] == [Stage.RUNNING, Stage.FAILOVER_FAILED]
     assert told[0][1] == "gone"
+
+
+def test_open_that_misses_an_overlay_removes_nothing(site):
+    async def story():
+        await started(site)
+        await site.forward(0, BLOCK)
+        await site.engine.prepare_checkpoint(1)
+        site.engine._save(epoch=3)
+        with pytest.raises(Error):
+            await site.reopen()
+        assert len(list(site.directory.glob("epoch-00000001.*"))) == 4
+        assert len(list(site.directory.glob("epoch-00000002.*"))) == 4
+
+    run(story())
+
+
+def test_start_anew_that_fails_leaves_the_lun_serving_its_disk(site):
+    async def story():
+        await started(site)
+        await site.forward(0, BLOCK)
+        await site.engine.stop()
+        make = site.epochs.create
+
+        def full(epoch):
+            raise Error(Kind.NO_SPACE, "no space left")
+
+        site.epochs.create = full
+        with pytest.raises(Error, match="no space left"):
+            await site.engine.start(Mode.SECONDARY, anew=True)
+        assert site.engine.stage is Stage.DONE
+        assert await site.top(0) == {FORWARDED}
+        await site.own(BLOCK, BLOCK)
+        site.epochs.create = make
+        assert await site.engine.start(Mode.SECONDARY, anew=True)
+
+    run(story())
