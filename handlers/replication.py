@@ -123,7 +123,7 @@ class PairBackstore(Backstore):
             "start": self._start,
             "checkpoint": self._checkpoint,
             "failover": self._failover,
-            "stop": self._stop,
+            "stop-replication": self._stop,
             "query-errors": self._query_errors,
         }
         self._graph = Graph(resource.name, engine, disk)

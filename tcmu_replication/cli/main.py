@@ -200,7 +200,7 @@ def stop(context: Context, name: str | None, everything: bool, as_json: bool) ->
 
     A secondary makes a last checkpoint and then serves its disk.
     """
-    _command(context, name, everything, as_json, "stop", lambda _: {}, _outcome("stopped"))
+    _command(context, name, everything, as_json, "stop-replication", lambda _: {}, _outcome("stopped"))
 
 
 @cli.command()

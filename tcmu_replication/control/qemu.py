@@ -20,7 +20,7 @@ from tcmu_replication.errors import Error, Kind
 
 Handler = Callable[[Any, Session], Awaitable[Any]]
 
-NEEDED = {"query-status", "start", "checkpoint", "failover", "stop", "query-errors"}
+NEEDED = {"query-status", "start", "checkpoint", "failover", "stop-replication", "query-errors"}
 _NUMBER = {"primary": 0, "secondary": 1}
 _COLO: dict[str, tuple[bool, Literal["none", "request", "error", "processing"]]] = {
     "none": (False, "none"),
@@ -44,7 +44,7 @@ def names(handlers: Mapping[str, Handler]) -> dict[str, Handler]:
             if arguments.failover is True and status.mode == "secondary":
                 await handlers["failover"](Failover(to="checkpoint"), session)
             else:
-                await handlers["stop"](Nothing(), session)
+                await handlers["stop-replication"](Nothing(), session)
             return
         if arguments.failover is not UNSET:
             raise Error(Kind.BAD_REQUEST, "Parameter 'failover' is only for stopping replication")
@@ -85,7 +85,7 @@ def names(handlers: Mapping[str, Handler]) -> dict[str, Handler]:
         if status.stage != "running":
             raise Error(Kind.INVALID_STATE, "The feature 'colo' is not enabled")
         if status.mode == "primary":
-            await handlers["stop"](arguments, session)
+            await handlers["stop-replication"](arguments, session)
         else:
             await handlers["failover"](Failover(to="checkpoint"), session)
 

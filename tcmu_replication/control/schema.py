@@ -94,7 +94,7 @@ class FailoverStarted(Document, frozen=True, kw_only=True):
 
 
 class Outcome(Document, frozen=True, kw_only=True):
-    """Result of start and stop: the stage now; `ignored` if QEMU's rules ignore the command there."""
+    """Result of start and stop-replication: the stage now; `ignored` if QEMU's rules ignore the command there."""
 
     ignored: bool = False
     stage: StageName
@@ -197,7 +197,10 @@ COMMANDS = table(
     Command("start", Start, Outcome, OPERATOR, "Begin to replicate."),
     Command("checkpoint", Nothing, Checkpoint | None, OPERATOR, "Make the present the new baseline."),
     Command("failover", Failover, FailoverStarted | None, OPERATOR, "Make this host the one that counts."),
-    Command("stop", Nothing, Outcome, OPERATOR, "Stop replicating; a secondary makes a last checkpoint."),
+    Command(
+        "stop-replication", Nothing, Outcome, OPERATOR,
+        "Stop replicating; a secondary makes a last checkpoint.",
+    ),
     Command("query-errors", Nothing, ErrorStatus, OPERATOR, "The recorded error, and its reason.", oob=True),
     Command("attach-device", DeviceArguments, None, OPERATOR, "Serve the LUN on a UIO device too."),
     Command("detach-device", DeviceArguments, None, OPERATOR, "The UIO device is going or gone."),
@@ -207,7 +210,7 @@ COMMANDS = table(
     Command("peer-checkpoint", PeerEpoch, PeerState, PEER, "End the epoch; the secondary begins the next."),
     *qemu_schema.COMMANDS.values(),
     *qemu_block_schema.COMMANDS.values(),
-)
+)  # fmt: skip
 
 DEVICE_COMMANDS = table(
     Command("query-status", Nothing, DeviceStatus, OPERATOR, "Everything about the LUN.", oob=True),

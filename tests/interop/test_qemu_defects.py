@@ -176,7 +176,7 @@ def test_frozen_peer_delays_a_write_and_no_command(place: Path) -> None:
             primary.finish([stalled])
             assert stalled.error == 0
             assert control(pair.alpha, "query-errors")["error"] is True
-            control(pair.alpha, "stop")
+            control(pair.alpha, "stop-replication")
             assert control(pair.alpha, "query-status")["stage"] == "done"
             assert primary.read(0, MiB) == b"\x11" * MiB
         pair.beta.resume()

@@ -34,18 +34,18 @@ async def stop(arguments: Any, session: Session) -> None:
 
 def test_qemus_library_negotiates_calls_and_listens(tmp_path: Path) -> None:
     async def main() -> None:
-        server = Server({"query-status": query_status, "stop": stop})
+        server = Server({"query-status": query_status, "stop-replication": stop})
         await server.listen_unix(tmp_path / "disk0.sock")
         client = QMPClient("test")
         await client.connect(str(tmp_path / "disk0.sock"))
         answer = await client.execute("query-status")
         assert answer["last-checkpoint"]["pause-ms"] == 1.5
         with pytest.raises(ExecuteError, match="Block replication is not running") as caught:
-            await client.execute("stop")
+            await client.execute("stop-replication")
         assert caught.value.error.error.class_ == "GenericError"
         with pytest.raises(ExecuteError, match="has not been found"):
             await client.execute("cont")
-        assert {"name": "stop"} in await client.execute("query-commands")
+        assert {"name": "stop-replication"} in await client.execute("query-commands")
         with client.listener("REPLICATION_LINK") as events:
             server.emit("REPLICATION_LINK", schema.Link(state="lost", reason="no answer"))
             event = await events.get()
@@ -60,7 +60,7 @@ def test_qemus_library_negotiates_calls_and_listens(tmp_path: Path) -> None:
 def served(tmp_path: Path) -> Iterator[Path]:
     """The control socket of a server in a thread of its own."""
     path, loop = tmp_path / "disk0.sock", asyncio.new_event_loop()
-    server = Server({"query-status": query_status, "stop": stop})
+    server = Server({"query-status": query_status, "stop-replication": stop})
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
     asyncio.run_coroutine_threadsafe(server.listen_unix(path), loop).result(30)
@@ -76,7 +76,7 @@ def shell(path: Path, *options: str) -> list[str]:
 
 
 def test_qmp_shell_runs_what_is_typed(served: Path, tmp_path: Path) -> None:
-    typed = "query-version\nstop\nquery-status x=1\nfailover\nquery-qmp-schema\n"
+    typed = "query-version\nstop-replication\nquery-status x=1\nfailover\nquery-qmp-schema\n"
     done = subprocess.run(
         shell(served), input=typed, capture_output=True, text=True, timeout=60, env=_environment(tmp_path)
     )

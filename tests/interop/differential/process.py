@@ -70,7 +70,7 @@ class ProcessSide:
                 # QEMU's sentence; the reason follows it.
                 return self._execute("query-errors").get("desc", "").partition(": ")[0] or None
             case Command.STOP:
-                self._execute("stop")
+                self._execute("stop-replication")
                 self._doors.end_forwarding()
             case Command.FAILOVER:
                 self._execute("failover", to="checkpoint")
@@ -80,7 +80,7 @@ class ProcessSide:
             case Command.RESTART:
                 self._doors.end_forwarding()
                 if self.stage is Stage.RUNNING:
-                    self._execute("stop")
+                    self._execute("stop-replication")
                 self._execute("start", **{"assume-clean": True})
                 self._connect()
             case Command.REOPEN:

@@ -119,7 +119,7 @@ def test_help_of_failover_explains_both_meanings() -> None:
 
 def test_no_heavy_import_for_a_plain_command(workers: Workers) -> None:
     """What an operator types at three in the morning on a slow host must not load half of Python."""
-    workers.serve("disk0", stop=None)
+    workers.serve("disk0", stop_replication=None)
     program = (
         "import sys\nfrom tcmu_replication.cli.main import cli\n"
         "cli.main(['stop', 'disk0'], standalone_mode=False)\n"
@@ -157,9 +157,10 @@ def test_no_heavy_import_for_a_plain_command(workers: Workers) -> None:
 def test_command_reaches_its_worker_and_says_what_became_of_it(
     workers: Workers, arguments: list[str], asked: Any, body: Any, printed: str
 ) -> None:
-    workers.serve("disk0", **{arguments[0]: body})
+    name = {"stop": "stop-replication"}.get(arguments[0], arguments[0])  # QMP's stop stops a machine
+    workers.serve("disk0", **{name: body})
     result = command(*arguments)
-    assert (result.exit_code, workers.calls) == (0, [(arguments[0], asked)])
+    assert (result.exit_code, workers.calls) == (0, [(name, asked)])
     assert printed in result.stdout
 
 
@@ -198,8 +199,8 @@ def test_all_asks_this_hosts_resources_at_the_same_time(workers: Workers) -> Non
 
 
 def test_all_goes_on_after_a_failure_and_ends_with_its_status(workers: Workers) -> None:
-    workers.serve("disk0", stop=Error(Kind.INVALID_STATE, "Block replication is not running"))
-    workers.serve("disk1", stop=None)
+    workers.serve("disk0", stop_replication=Error(Kind.INVALID_STATE, "Block replication is not running"))
+    workers.serve("disk1", stop_replication=None)
     result = command("stop", "--all")
     assert result.exit_code == exits.STATE
     assert result.stderr == "disk0: Block replication is not running\n"
@@ -207,8 +208,8 @@ def test_all_goes_on_after_a_failure_and_ends_with_its_status(workers: Workers) 
 
 
 def test_json_of_actions(workers: Workers) -> None:
-    workers.serve("disk0", stop=Error(Kind.INVALID_STATE, "no"))
-    workers.serve("disk1", stop=None)
+    workers.serve("disk0", stop_replication=Error(Kind.INVALID_STATE, "no"))
+    workers.serve("disk1", stop_replication=None)
     result = command("stop", "--all", "--json")
     assert json.loads(result.stdout) == [
         {"resource": "disk0", "error": {"kind": "invalid-state", "desc": "disk0: no"}},

@@ -48,8 +48,8 @@ class Worker:
     ("arguments", "asked"),
     [
         (SetReplication(enable=True, primary=False), ("start", schema.Start())),
-        (SetReplication(enable=False, primary=False), ("stop", schema.Nothing())),
-        (SetReplication(enable=False, primary=True, failover=False), ("stop", schema.Nothing())),
+        (SetReplication(enable=False, primary=False), ("stop-replication", schema.Nothing())),
+        (SetReplication(enable=False, primary=True, failover=False), ("stop-replication", schema.Nothing())),
         (
             SetReplication(enable=False, primary=False, failover=True),
             ("failover", schema.Failover(to="checkpoint")),
@@ -67,7 +67,7 @@ def test_failover_of_a_primary_is_a_stop_as_in_qemu() -> None:
     worker = Worker()
     worker.results["query-status"] = status(stage="running", mode="primary")
     worker.call("xen-set-replication", SetReplication(enable=False, primary=True, failover=True))
-    assert worker.asked[-1] == ("stop", schema.Nothing())
+    assert worker.asked[-1] == ("stop-replication", schema.Nothing())
 
 
 def test_start_in_the_other_mode_is_refused_in_qemus_words() -> None:
@@ -116,7 +116,10 @@ def test_colo_status(mode: str, stage: str, answer: dict[str, str]) -> None:
 
 @pytest.mark.parametrize(
     ("mode", "asked"),
-    [("secondary", ("failover", schema.Failover(to="checkpoint"))), ("primary", ("stop", schema.Nothing()))],
+    [
+        ("secondary", ("failover", schema.Failover(to="checkpoint"))),
+        ("primary", ("stop-replication", schema.Nothing())),
+    ],
 )
 def test_lost_heartbeat_of_a_running_end(mode: str, asked: tuple[str, Any]) -> None:
     worker = Worker()
@@ -151,5 +154,11 @@ def test_reason_of_an_error_is_in_our_own_answer_only() -> None:
 
 
 def test_worker_without_a_resources_commands_has_none() -> None:
-    assert qemu.names({"quit": Worker().handlers["stop"]}) == {}
+    assert qemu.names({"quit": Worker().handlers["stop-replication"]}) == {}
     Server({}, schema.DEVICE_COMMANDS)
+
+
+@pytest.mark.parametrize("command", ["stop", "cont"])
+def test_what_stops_a_machine_ends_no_replication(command: str) -> None:
+    """A script of QEMU's that pauses its machine must not end replication here."""
+    assert command not in schema.COMMANDS

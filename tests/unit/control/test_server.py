@@ -41,7 +41,7 @@ class Worker:
                 "query-status": self.query_status,
                 "start": self.start,
                 "checkpoint": self.checkpoint,
-                "stop": self.stop,
+                "stop-replication": self.stop,
                 "query-errors": self.broken,
                 "peer-prepare": self.start,
             }
@@ -121,7 +121,7 @@ def test_blocking_client_runs_commands_and_gets_errors_back(tmp_path: Path) -> N
                 assert control.execute("query-status")["epoch"] == 7
                 assert control.execute("start", {"assume-clean": True}) == {}
                 with pytest.raises(Error, match="not running") as caught:
-                    control.execute("stop")
+                    control.execute("stop-replication")
                 assert caught.value.kind is Kind.INVALID_STATE
                 assert control.execute("query-status")["epoch"] == 7
 

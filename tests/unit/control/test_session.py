@@ -59,7 +59,7 @@ def test_capability_that_is_not_offered(arguments: dict[str, Any], text: str) ->
 @pytest.mark.parametrize(
     ("message", "text"),
     [
-        ({"exec-oob": "stop"}, "The command stop does not support OOB"),
+        ({"exec-oob": "stop-replication"}, "The command stop-replication does not support OOB"),
         ({"exec-oob": "cont"}, "The command cont has not been found"),
         ({"exec-oob": "qmp_capabilities"}, "The command qmp_capabilities does not support OOB"),
         ({"exec-oob": "stop", "execute": "stop"}, "QMP input member 'execute' clashes with 'exec-oob'"),
@@ -98,7 +98,7 @@ def test_unknown_command() -> None:
 def test_command_without_a_handler_is_unknown() -> None:
     session = Session(COMMANDS, {"start"}, Privilege.OPERATOR, "test")
     reply(session, NEGOTIATE)
-    assert reply(session, {"execute": "stop"})["error"]["class"] == "CommandNotFound"
+    assert reply(session, {"execute": "stop-replication"})["error"]["class"] == "CommandNotFound"
     assert isinstance(session.receive(b'{"execute":"start"}'), Call)
 
 
@@ -133,7 +133,7 @@ def test_invalid_arguments_are_answered_and_the_session_goes_on() -> None:
     session = make()
     answer = reply(session, {"execute": "failover", "arguments": {"to": "x"}})
     assert answer["error"]["data"]["kind"] == "bad-request"
-    assert isinstance(session.receive(b'{"execute":"stop"}'), Call)
+    assert isinstance(session.receive(b'{"execute":"stop-replication"}'), Call)
 
 
 def test_query_commands_lists_what_can_be_called() -> None:

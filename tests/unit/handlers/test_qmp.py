@@ -229,7 +229,7 @@ def test_link_is_told_from_its_first_moment(play: Any) -> None:
     async def story(alpha: End, beta: End) -> None:
         assert [event["state"] for event in alpha.told("REPLICATION_LINK")][-1] == "connected"
         alpha.events.clear()
-        await alpha.ask("stop")
+        await alpha.ask("stop-replication")
         assert [event["state"] for event in alpha.told("REPLICATION_LINK")] == ["none"]
 
     play(story)
