@@ -1,11 +1,16 @@
-"""Which blocks an overlay holds: one byte per 4 KiB block in a sparse, memory-mapped file.
+"""Which blocks an overlay holds, and where: four bytes per 4 KiB block in a sparse, memory-mapped file.
 
     byte 0      header (see HEADER), the rest of the page zero
-    byte 4096   one byte per block: 0 not here, 1 data here, 2 here and all zero
+    byte 4096   one entry per block, little-endian:
+                  0                         not here
+                  1 + slot                  here; `slot` counts blocks in the data file
+                  NOWHERE                   here, without a place (what a map without a data file uses)
+                  ZERO_FLAG, or ZERO_FLAG | 1 + slot
+                                            here and all zero; the slot stays the block's own
 
 A mark is a store into the mapping: it outlives the process, needs no
-read-modify-write, and many are scanned at the speed of memchr. One page of the
-map stands for 16 MiB of disk. Pages are touched only once something is marked
+read-modify-write, and many are looked at in one go. One page of the
+map stands for 4 MiB of disk. Pages are touched only once something is marked
 in them, so everything costs what was marked and not what the disk could hold.
 
 A store, and on tmpfs even a load, from a hole of a file on a full filesystem
@@ -21,6 +26,7 @@ import mmap
 import re
 import struct
 import zlib
+from array import array
 from collections.abc import Iterator, Sequence
 
 from tcmu_replication.block.file import File
@@ -32,15 +38,27 @@ from tcmu_replication.units import BLOCK, round_up
 ABSENT, HERE, ZERO = 0, 1, 2
 """A block's state: look below; data is stored here; here, reads as zeroes, nothing stored."""
 
+ENTRY = 4
+"""Bytes of an entry."""
+ZERO_FLAG = 1 << 31
+NOWHERE = ZERO_FLAG - 1
+MAX_SLOTS = NOWHERE - 1
+"""So many slots can be told apart: 8 TiB."""
+
 PAGE = 4096
+PER_PAGE = PAGE // ENTRY
+"""Blocks that a page of the map stands for."""
 HEADER = struct.Struct("<8sIIQ")
 """Magic, version, bytes per block, bytes of the disk; a CRC-32 of these follows."""
 CHECKSUM = struct.Struct("<I")
 MAGIC = b"tcmurmap"
-VERSION = 1
+VERSION = 2
 
-_STATES = [bytes([state]) for state in (ABSENT, HERE, ZERO)]
 _RUNS = re.compile(rb"\x00+|\x01+|\x02+")
+_LOW = bytes(bool(byte) for byte in range(256))
+_TOP = bytes(2 if byte & 0x80 else bool(byte) for byte in range(256))
+_STATE = bytes((ABSENT, HERE, ZERO, ZERO)[byte & 3] for byte in range(256))
+"""From an entry's bytes to its state: 1 if one of the 31 low bits is set, 2 for the flag, OR-ed."""
 _OVER = bytes(both & 3 or both >> 2 & 3 for both in range(256))
 """By upper state + 4 * lower state: the state that counts."""
 _SAFE = b"\1"
@@ -54,7 +72,7 @@ def blocks_of(length: int) -> int:
 
 def file_size(length: int) -> int:
     """Bytes of the map file of a disk of `length` bytes: the header's page and whole pages of marks."""
-    return PAGE + round_up(blocks_of(length), PAGE)
+    return PAGE + round_up(blocks_of(length) * ENTRY, PAGE)
 
 
 def header(length: int) -> bytes:
@@ -66,7 +84,8 @@ def header(length: int) -> bytes:
 class AllocationMap:
     """The map of one overlay, open and locked. Blocks are numbered; ranges of them are half-open.
 
-    `here` and `zero` count the blocks in these states.
+    `here` and `zero` count the blocks in these states. `slots` is what was in use when it was opened:
+    slots from there on are nobody's.
     """
 
     def __init__(self, path: str, length: int, offload: Offload | None = None) -> None:
@@ -74,12 +93,14 @@ class AllocationMap:
         self.path = path
         self.here = 0
         self.zero = 0
+        self.slots = 0
         self._file = File(path, offload=offload)
         try:
             _check_header(bytes(self._file.fetch(0, min(PAGE, self._file.length))), path, length)
             if self._file.length != file_size(length):
                 raise _refused(path, f"has {self._file.length} bytes instead of {file_size(length)}")
             self._bytes = mmap.mmap(self._file.fileno(), self._file.length)
+            self._entries = memoryview(self._bytes)[PAGE:].cast("I")
         except OSError as error:
             self._file.close()
             raise from_os(error, f"map {path}") from error
@@ -95,17 +116,30 @@ class AllocationMap:
             self.close()
             raise
 
+    def entry(self, block: int) -> int:
+        """What the file says of a block; see the module."""
+        return self._entries[block] if self._safe[block // PER_PAGE] else 0
+
+    def entries(self, first: int, last: int) -> list[int]:
+        """The entries of the range."""
+        if first // PER_PAGE == (last - 1) // PER_PAGE:
+            return (
+                self._entries[first:last].tolist() if self._safe[first // PER_PAGE] else [0] * (last - first)
+            )
+        return [entry for start, end in _by_page(first, last) for entry in self.entries(start, end)]
+
     def state(self, block: int) -> int:
         """ABSENT, HERE or ZERO."""
-        return self._bytes[PAGE + block] if self._safe[block // PAGE] else ABSENT
+        entry = self.entry(block)
+        return (HERE if entry < ZERO_FLAG else ZERO) if entry else ABSENT
 
     def states(self, first: int, last: int) -> bytes:
-        """A byte per block of the range."""
-        if first // PAGE == (last - 1) // PAGE:
-            return (
-                self._bytes[PAGE + first : PAGE + last] if self._safe[first // PAGE] else bytes(last - first)
-            )
-        return b"".join(self.states(start, end) for start, end in _by_page(first, last))
+        """A byte per block of the range: its state."""
+        if first // PER_PAGE != (last - 1) // PER_PAGE:
+            return b"".join(self.states(start, end) for start, end in _by_page(first, last))
+        if not self._safe[first // PER_PAGE]:
+            return bytes(last - first)
+        return _states(self._bytes[PAGE + first * ENTRY : PAGE + last * ENTRY])
 
     def any(self, first: int, last: int) -> bool:
         """Whether a block of the range is HERE or ZERO."""
@@ -114,13 +148,13 @@ class AllocationMap:
     def all(self, first: int, last: int) -> bool:
         """Whether every block of the range is HERE or ZERO."""
         return all(
-            self._safe[start // PAGE] and ABSENT not in self._bytes[PAGE + start : PAGE + end]
+            self._safe[start // PER_PAGE] and 0 not in self._entries[start:end].tolist()
             for start, end in _by_page(first, last)
         )
 
     def runs(self, first: int, last: int) -> Sequence[tuple[int, int, int]]:
         """The range as (first, last, state) runs, none longer than a page of the map."""
-        if first // PAGE == (last - 1) // PAGE:
+        if first // PER_PAGE == (last - 1) // PER_PAGE:
             states = self.states(first, last)
             state = states[0]
             if states.count(state) == last - first:  # by far the most usual: all alike
@@ -135,11 +169,11 @@ class AllocationMap:
     def marked(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
         """As `runs`, without the absent ones; what is marked or unmarked behind it does not disturb it."""
         while first < last:
-            page = self._safe.find(_SAFE, first // PAGE, _pages(last))
+            page = self._safe.find(_SAFE, first // PER_PAGE, _pages(last))
             if page < 0:
                 return
-            first = max(first, page * PAGE)
-            end = min(last, (page + 1) * PAGE)
+            first = max(first, page * PER_PAGE)
+            end = min(last, (page + 1) * PER_PAGE)
             for run in self.runs(first, end):
                 if run[2] != ABSENT:
                     yield run
@@ -147,36 +181,51 @@ class AllocationMap:
 
     def next_page(self, first: int) -> int:
         """The first page of the map, from block `first`'s on, where something may be marked; -1 if none."""
-        return self._safe.find(_SAFE, first // PAGE)
+        return self._safe.find(_SAFE, first // PER_PAGE)
 
     def prepare(self, first: int, last: int) -> None:
         """Make sure that marks in the range find space. Raises `Error` (NO_SPACE)."""
-        if last - first == 1 and self._safe[first // PAGE]:
+        if last - first == 1 and self._safe[first // PER_PAGE]:
             return
-        for page in range(first // PAGE, _pages(last)):
+        for page in range(first // PER_PAGE, _pages(last)):
             if not self._safe[page]:
                 self._file.write(PAGE + page * PAGE, [_EMPTY_PAGE])
                 self._safe[page] = 1
 
+    def assign(self, first: int, last: int, slot: int) -> None:
+        """The range is here, in the slots from `slot` on. Raises `Error` (NO_SPACE); never after `prepare`."""
+        if last - first == 1 and self._safe[first // PER_PAGE]:
+            before = self._entries[first]
+            self._entries[first] = 1 + slot
+            if not before:
+                self.here += 1
+            elif before >= ZERO_FLAG:
+                self.here += 1
+                self.zero -= 1
+        else:
+            for start, end in _by_page(first, last):
+                self.prepare(start, end)
+                self._uncount(start, end)
+                place = 1 + slot + start - first
+                self._entries[start:end] = memoryview(array("I", range(place, place + end - start)))
+                self.here += end - start
+
     def mark(self, first: int, last: int, state: int) -> None:
-        """Set the range's state. Raises `Error` (NO_SPACE); never where `prepare` was called before."""
-        if last - first == 1 and self._safe[first // PAGE]:
-            self._mark_one(PAGE + first, state)
-            return
+        """Set the range's state, HERE without a place. Raises `Error` (NO_SPACE); never after `prepare`."""
         for start, end in _by_page(first, last):
-            if not self._safe[start // PAGE]:
+            if not self._safe[start // PER_PAGE]:
                 if state == ABSENT:
                     continue
                 self.prepare(start, end)
-            at, count = PAGE + start, end - start
-            before = self._bytes[at : at + count]
-            self._bytes[at : at + count] = _STATES[state] * count
-            self.here -= before.count(HERE)
-            self.zero -= before.count(ZERO)
-            if state == HERE:
-                self.here += count
-            elif state == ZERO:
+            self._uncount(start, end)
+            count = end - start
+            if state == ZERO:
+                entries = [entry | ZERO_FLAG for entry in self._entries[start:end].tolist()]
                 self.zero += count
+            else:
+                entries = [NOWHERE if state == HERE else 0] * count
+                self.here += count if state == HERE else 0
+            self._entries[start:end] = memoryview(array("I", entries))
 
     def flush(self) -> Pending | None:
         """As `Node.flush`: every mark made before the call. fdatasync covers stores through the mapping."""
@@ -184,36 +233,48 @@ class AllocationMap:
 
     def close(self) -> None:
         """Unmap and unlock. Twice is fine."""
+        self._entries.release()
         self._bytes.close()
         self._file.close()
 
-    def _mark_one(self, at: int, state: int) -> None:
-        """`mark` of a single block, the most usual: no bytes objects."""
-        before = self._bytes[at]
-        self._bytes[at] = state
-        self.here += (state == HERE) - (before == HERE)
-        self.zero += (state == ZERO) - (before == ZERO)
+    def _uncount(self, first: int, last: int) -> None:
+        """The range, in one page of the map, is about to get other states."""
+        before = self.states(first, last)
+        self.here -= before.count(HERE)
+        self.zero -= before.count(ZERO)
 
     def _count(self, length: int) -> None:
         """Find the marked pages (SEEK_DATA) and count. Only a page with a mark is surely no hole."""
         at = PAGE
         for data, allocated, _ in self._file.extents(PAGE, self._file.length - PAGE):
             if allocated:
-                self._count_pages((at - PAGE) // PAGE, _pages(at - PAGE + data))
+                self._count_pages((at - PAGE) // PAGE, -(-(at - PAGE + data) // PAGE))
             at += data
-        if any(self.marked(blocks_of(length), self._file.length - PAGE)):
+        if any(self.marked(blocks_of(length), (self._file.length - PAGE) // ENTRY)):
             raise _refused(self.path, "marks blocks beyond the end of the disk")
 
     def _count_pages(self, first: int, last: int) -> None:
         for page in range(first, last):
-            states = bytes(self._file.fetch(PAGE + page * PAGE, PAGE))
+            content = bytes(self._file.fetch(PAGE + page * PAGE, PAGE))
+            states = _states(content)
             here, zero = states.count(HERE), states.count(ZERO)
-            if here + zero + states.count(ABSENT) != PAGE:
-                raise _refused(self.path, "holds bytes that are no block states")
             if here or zero:
                 self._safe[page] = 1
                 self.here += here
                 self.zero += zero
+                places = {entry & NOWHERE for entry in memoryview(content).cast("I")} - {NOWHERE}
+                self.slots = max((self.slots, *places))
+
+
+def _states(entries: bytes) -> bytes:
+    """The states that entries mean: all at once, as large numbers."""
+    count = len(entries) // ENTRY
+    if entries.count(0) == len(entries):
+        return bytes(count)
+    both = int.from_bytes(entries[3::ENTRY].translate(_TOP), "big")
+    for byte in range(3):
+        both |= int.from_bytes(entries[byte::ENTRY].translate(_LOW), "big")
+    return both.to_bytes(count, "big").translate(_STATE)
 
 
 def merged(
@@ -222,8 +283,8 @@ def merged(
     """As `AllocationMap.marked`, of two maps: a block that `upper` does not have is as in `lower`."""
     while first < last:
         found = [page for page in (upper.next_page(first), lower.next_page(first)) if page >= 0]
-        first = max(first, min(found) * PAGE) if found else last
-        end = min(last, (first // PAGE + 1) * PAGE)
+        first = max(first, min(found) * PER_PAGE) if found else last
+        end = min(last, (first // PER_PAGE + 1) * PER_PAGE)
         if first < end:
             states = _over(upper.states(first, end), lower.states(first, end))
             for run in _RUNS.finditer(states):
@@ -240,14 +301,14 @@ def _over(upper: bytes, lower: bytes) -> bytes:
 
 def _pages(last: int) -> int:
     """Map pages that hold the blocks before `last`."""
-    return -(-last // PAGE)
+    return -(-last // PER_PAGE)
 
 
 def _by_page(first: int, last: int) -> list[tuple[int, int]]:
     """The range in pieces that lie in one page of the map each."""
-    if first // PAGE == (last - 1) // PAGE:
+    if first // PER_PAGE == (last - 1) // PER_PAGE:
         return [(first, last)]
-    inner = list(range((first // PAGE + 1) * PAGE, last, PAGE))
+    inner = list(range((first // PER_PAGE + 1) * PER_PAGE, last, PER_PAGE))
     return list(zip([first, *inner], [*inner, last], strict=True))
 
 

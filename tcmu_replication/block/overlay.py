@@ -1,11 +1,16 @@
 """An overlay: the blocks that differ from what lies below, in two sparse files.
 
-`<path>.data` is as long as the disk and holds each block at its own offset;
-`<path>.map` says which blocks are here (see `allocation_map`). A block's data
-is always written before its mark, so that a process may die at any instruction:
-what is marked is whole, what is not marked is not looked at. After a loss of
-power what was flushed is there; a block marked but not flushed may then read as
-zeroes.
+`<path>.data` holds the blocks one behind the other, in the order in which they
+came; `<path>.map` says which blocks are here and in which slot of it (see
+`allocation_map`). A block keeps its slot for as long as the overlay lives. Its
+data is always written before its mark, so that a process may die at any
+instruction: what is marked is whole, what is not marked is not looked at. After
+a loss of power what was flushed is there; a block marked but not flushed may
+then read as anything that the data file held.
+
+So the data file needs no content of a certain kind: that of an earlier overlay
+serves as well as a new one, and already has its space (`create`'s `recycled`).
+What such a file holds beyond the slots in use can be given back (`trim`).
 
 Reads that cross layers are split by runs. A read below that could not be
 answered at once looks at the map again when it ends, and reads what has come
@@ -17,11 +22,20 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tcmu_replication.block import allocation_map
-from tcmu_replication.block.allocation_map import ABSENT, HERE, ZERO, AllocationMap, blocks_of
+from tcmu_replication.block.allocation_map import (
+    ABSENT,
+    HERE,
+    MAX_SLOTS,
+    NOWHERE,
+    ZERO,
+    ZERO_FLAG,
+    AllocationMap,
+    blocks_of,
+)
 from tcmu_replication.block.buffers import clear, part, size, zeroes
 from tcmu_replication.block.extents import merged
 from tcmu_replication.block.file import File
@@ -31,6 +45,9 @@ from tcmu_replication.block.pending import Pending, after, attempt, gather
 from tcmu_replication.block.space import create_sparse
 from tcmu_replication.errors import Error, Kind, from_os
 from tcmu_replication.units import BLOCK, format_size, round_down, round_up
+
+Run = tuple[int, int, int]
+"""(offset, length, entry of its first block): all absent, all zero, or here in adjacent slots."""
 
 
 class Overlay(Node):
@@ -50,16 +67,19 @@ class Overlay(Node):
         *,
         offload: Offload | None = None,
         limit: int | None = None,
+        make_space: Callable[[], bool] = lambda: False,
     ) -> None:
         """Open an existing overlay of `backing`.
 
         With `limit` writes fail with NO_SPACE that would store more bytes than
-        that. Raises `Error` NOT_FOUND, CONFLICT (in use), or BAD_CONFIG: not an
+        that. On a full filesystem `make_space()` is asked to free some, and if it
+        says that it has, the write is tried again. Raises `Error` NOT_FOUND, CONFLICT (in use), or BAD_CONFIG: not an
         overlay of this length, or one whose creation was not finished.
         """
         super().__init__(name, backing.length, backing)
         self.path = os.fspath(path)
         self.limit = limit
+        self._make_space = make_space
         self._released = False
         self._map = AllocationMap(f"{self.path}.map", self.length, offload)
         try:
@@ -67,12 +87,17 @@ class Overlay(Node):
         except Error:
             self._map.close()
             raise
-        if self.data.length != self.length:
+        # Slots from _tail on are free, and so are these, which no mark has ever named.
+        self._tail = self._map.slots
+        self._free: list[int] = []
+        self._stored: dict[tuple[int, int], list[int]] = {}
+        self._unmarked = 0
+        if self.data.length <= (self._tail - 1) * BLOCK or self._map.here > self._tail:
             self.release()
             raise Error(
                 Kind.BAD_CONFIG,
-                f"{self.path}.data has {self.data.length} bytes, its overlay needs {self.length}: "
-                "it was cut or belongs elsewhere; give another path, or remove the overlay",
+                f"{self.path}.data has {self.data.length} bytes, its map names {self._map.here} blocks in "
+                f"{self._tail} slots: they do not belong together; give another path, or remove the overlay",
             )
 
     @classmethod
@@ -84,8 +109,12 @@ class Overlay(Node):
         *,
         offload: Offload | None = None,
         limit: int | None = None,
+        make_space: Callable[[], bool] = lambda: False,
+        recycled: str | Path | None = None,
     ) -> Overlay:
         """Make an empty overlay and open it; flush it before anything durable names it.
+
+        `recycled` is the data file of an overlay that is no more; if it exists, it becomes this one's.
 
         Raises `Error` and leaves nothing behind: CONFLICT if one of its files
         exists, NO_SPACE, also if the filesystem holds no file of this length.
@@ -93,14 +122,15 @@ class Overlay(Node):
         made: list[str] = []
         data_path, map_path = _paths(path)
         try:
-            create_sparse(data_path, backing.length, b"")
+            if recycled is None or os.path.lexists(data_path) or not _take_over(recycled, data_path):
+                create_sparse(data_path, round_up(backing.length, BLOCK), b"")
             made.append(data_path)
             # The header comes last of all: a map without it was not finished.
             create_sparse(
                 map_path, allocation_map.file_size(backing.length), allocation_map.header(backing.length)
             )
             made.append(map_path)
-            return cls(name, path, backing, offload=offload, limit=limit)
+            return cls(name, path, backing, offload=offload, limit=limit, make_space=make_space)
         except BaseException:
             for leftover in made:
                 os.unlink(leftover)
@@ -126,15 +156,16 @@ class Overlay(Node):
         length = len(buffers[0]) if len(buffers) == 1 else size(buffers)
         first, last = offset // BLOCK, (offset + length - 1) // BLOCK + 1
         if last - first == 1:
-            state = self._map.state(first)
+            entry = self._map.entry(first)
+            slot = entry - 1 if 0 < entry < ZERO_FLAG else None
         else:
-            states = self._map.states(first, last)
-            state = states[0]
-            if states.count(state) != last - first:
+            entries = self._map.entries(first, last)
+            entry, slot = entries[0], _slot_of_all(entries)
+            if slot is None and any(entries):
                 return self._read_runs(offset, buffers, length)
-        if state == HERE:
-            return self.data.read(offset, buffers)
-        if state == ABSENT:
+        if slot is not None:
+            return self.data.read(slot * BLOCK + offset % BLOCK, buffers)
+        if not entry:
             return self._read_below(offset, buffers)
         clear(buffers)
         return None
@@ -143,27 +174,37 @@ class Overlay(Node):
         """See `Node.fetch`."""
         runs = self._runs(offset, length)
         if len(runs) == 1:
-            return self._fetch_run(offset, length, runs[0][2])
+            return self._fetch_run(*runs[0])
         whole = memoryview(bytearray(length))
-        for start, run, state in runs:
-            whole[start - offset : start - offset + run] = self._fetch_run(start, run, state)
+        for run in runs:
+            whole[run[0] - offset : run[0] - offset + run[1]] = self._fetch_run(*run)
         return whole
 
     def write(self, offset: int, buffers: Buffers, fua: bool = False) -> Pending | None:
         """See `Node.write`. Raises `Error` NO_SPACE at the limit or on a full filesystem."""
         end = offset + (len(buffers[0]) if len(buffers) == 1 else size(buffers))
         first, last = offset // BLOCK, (end - 1) // BLOCK + 1
-        if last - first == 1 and self._map.state(first) == HERE:
-            self.data.write(offset, buffers)
-            return self.flush() if fua else None
-        states = self._map.states(first, last)
-        fresh = last - first - states.count(HERE)
-        if fresh:
-            self._make_room(first, last, fresh)
-            offset, buffers = self._whole(offset, end, buffers, states)
-        self.data.write(offset, buffers)
-        if fresh:
-            self._map.mark(first, last, HERE)
+        try:
+            if last - first == 1:
+                entry = self._map.entry(first)
+                if 0 < entry < ZERO_FLAG:
+                    self.data.write((entry - 1) * BLOCK + offset - first * BLOCK, buffers)
+                elif entry:
+                    self._write_mixed(offset, end, buffers, [entry])
+                else:
+                    self._write_new(first, last, *self._whole(offset, end, buffers, 0, 0))
+            else:
+                entries = self._map.entries(first, last)
+                if (slot := _slot_of_all(entries)) is not None:
+                    self.data.write(slot * BLOCK + offset - first * BLOCK, buffers)
+                elif any(entries):
+                    self._write_mixed(offset, end, buffers, entries)
+                else:
+                    self._write_new(first, last, *self._whole(offset, end, buffers, 0, 0))
+        except Error as error:
+            if error.kind is not Kind.NO_SPACE or not self._make_space():
+                raise
+            return self.write(offset, buffers, fua)
         return self.flush() if fua else None
 
     def zero(self, offset: int, length: int, fua: bool = False, unmap: bool = True) -> Pending | None:
@@ -193,8 +234,11 @@ class Overlay(Node):
 
     def extents(self, offset: int, length: int) -> list[Extent]:
         """See `Node.extents`."""
+        end = offset + length
         found: list[Extent] = []
-        for start, run, state in self._runs(offset, length):
+        for first, last, state in self._map.runs(offset // BLOCK, (end - 1) // BLOCK + 1):
+            start = max(offset, first * BLOCK)
+            run = min(end, last * BLOCK) - start
             if state == ABSENT:
                 found += self.child.extents(start, run)
             else:
@@ -240,7 +284,7 @@ class Overlay(Node):
     def allocated_runs(self, offset: int = 0) -> Iterator[tuple[int, int, bool]]:
         """What is here from the block of `offset` on: (offset, length, known zero), in order.
 
-        Runs are whole blocks, up to 16 MiB each. Marks that change meanwhile do
+        Runs are whole blocks, up to 4 MiB each. Marks that change meanwhile do
         not disturb it.
         """
         for first, last, state in self._map.marked(offset // BLOCK, blocks_of(self.length)):
@@ -248,7 +292,7 @@ class Overlay(Node):
             yield start, min(last * BLOCK, self.length) - start, state == ZERO
 
     def missing(self, offset: int, length: int) -> list[tuple[int, int]]:
-        """The whole blocks, touched by the range, that are not here: (offset, length), up to 16 MiB each."""
+        """The whole blocks, touched by the range, that are not here: (offset, length), up to 4 MiB each."""
         return [
             (first * BLOCK, min(last * BLOCK, self.length) - first * BLOCK)
             for first, last, state in self._map.runs(offset // BLOCK, (offset + length - 1) // BLOCK + 1)
@@ -256,26 +300,45 @@ class Overlay(Node):
         ]
 
     def store(self, offset: int, data: memoryview) -> bool:
-        """Write whole blocks without marking them; afterwards `mark` cannot fail. True if they are all zero.
+        """Write whole blocks, none of which is here, without marking them. True if they are all zero.
 
+        Exactly one `mark` (which cannot fail) or `abandon` of the same range must follow.
         Zeroes are not stored. Raises `Error` as `write` does.
         """
-        length = len(data)
-        first, last = offset // BLOCK, blocks_of(offset + length)
-        if not data[0] and not data[-1] and bytes(data) == bytes(length):
-            self._map.prepare(first, last)
+        slot = self._place(offset, data)
+        if slot is None:
             return True
-        self._make_room(first, last, last - first)
-        self.data.write(offset, [data])
+        self._stored.setdefault((offset, len(data)), []).append(slot)
+        self._unmarked += blocks_of(len(data))
         return False
 
     def mark(self, offset: int, length: int, zero: bool) -> None:
-        """Mark whole blocks, stored before, as here. `zero`: what `store` said."""
-        self._map.mark(offset // BLOCK, blocks_of(offset + length), ZERO if zero else HERE)
+        """Mark a range as here that was stored. `zero`: what `store` said."""
+        first, last = offset // BLOCK, blocks_of(offset + length)
+        if zero:
+            self._map.mark(first, last, ZERO)
+        else:
+            self._map.assign(first, last, self._claim(offset, length))
+
+    def abandon(self, offset: int, length: int) -> None:
+        """Forget that a range was stored: it will not be marked."""
+        if (offset, length) in self._stored:
+            self._give_back(self._claim(offset, length), blocks_of(length))
 
     def save(self, offset: int, data: memoryview) -> None:
         """Write and mark whole blocks that are not here yet. Raises `Error` as `write` does."""
-        self.mark(offset, len(data), self.store(offset, data))
+        slot = self._place(offset, data)
+        first, last = offset // BLOCK, blocks_of(offset + len(data))
+        if slot is None:
+            self._map.mark(first, last, ZERO)
+        else:
+            self._map.assign(first, last, slot)
+
+    def trim(self) -> None:
+        """Give back what the data file occupies beyond the slots in use. Raises `Error`."""
+        start = self._tail * BLOCK
+        if start < self.data.length:
+            self.data.discard(start, self.data.length - start)
 
     def forget(self, offset: int, length: int) -> None:
         """Whole blocks are not here any more: reads find what lies below.
@@ -292,41 +355,144 @@ class Overlay(Node):
         """The marks alone, as `flush`; the data that they name must be durable before."""
         return self._map.flush()
 
-    def _runs(self, offset: int, length: int) -> list[tuple[int, int, int]]:
-        """The range as (offset, length, state) runs."""
+    def _runs(self, offset: int, length: int) -> list[Run]:
+        """The range as runs that are read in one piece."""
         end = offset + length
+        first = offset // BLOCK
+        entries = self._map.entries(first, (end - 1) // BLOCK + 1)
         found = []
-        for first, last, state in self._map.runs(offset // BLOCK, (end - 1) // BLOCK + 1):
-            start = max(offset, first * BLOCK)
-            found.append((start, min(end, last * BLOCK) - start, state))
+        at = 0
+        while at < len(entries):
+            entry, behind = entries[at], at + 1
+            if 0 < entry < ZERO_FLAG:
+                while behind < len(entries) and entries[behind] == entry + behind - at:
+                    behind += 1
+            else:
+                zero = entry != 0
+                while behind < len(entries) and (
+                    entries[behind] >= ZERO_FLAG if zero else not entries[behind]
+                ):
+                    behind += 1
+            start = max(offset, (first + at) * BLOCK)
+            found.append((start, min(end, (first + behind) * BLOCK) - start, entry))
+            at = behind
         return found
 
-    def _whole(self, offset: int, end: int, buffers: Buffers, states: bytes) -> tuple[int, Buffers]:
+    def _whole(self, offset: int, end: int, buffers: Buffers, first: int, last: int) -> tuple[int, Buffers]:
         """Where a write begins, and its buffers, once blocks that come here are whole.
 
-        What the request leaves out of them is taken from below, or is zero.
+        What the request leaves out of its first and last block, of which these are
+        the entries, is taken from below, or is zero.
         """
         start = round_down(offset, BLOCK)
         end_whole = min(round_up(end, BLOCK), self.length)
-        if len(states) == 1:
+        if end_whole - start <= BLOCK:
             if end - offset == end_whole - start:
                 return offset, buffers
-            old = self._fetch_run(start, end_whole - start, states[0])
+            old = self._fetch_run(start, end_whole - start, first)
             return start, [old[: offset - start], *buffers, old[end - start :]]
-        if end < end_whole and states[-1] != HERE:
-            buffers = [*buffers, self._fetch_run(end, end_whole - end, states[-1])]
-        if start < offset and states[0] != HERE:
-            return start, [self._fetch_run(start, offset - start, states[0]), *buffers]
+        if end < end_whole and not 0 < last < ZERO_FLAG:
+            buffers = [*buffers, self._fetch_run(end, end_whole - end, last)]
+        if start < offset and not 0 < first < ZERO_FLAG:
+            return start, [self._fetch_run(start, offset - start, first), *buffers]
         return offset, buffers
+
+    def _write_new(self, first: int, last: int, offset: int, buffers: Buffers) -> None:
+        """Write whole blocks of which none is here, to new slots: all at once, since these are adjacent."""
+        self._make_room(first, last, last - first)
+        slot = self._take(last - first)
+        try:
+            self.data.write(slot * BLOCK, buffers)
+        except Error:
+            self._give_back(slot, last - first)
+            raise
+        self._map.assign(first, last, slot)
+
+    def _write_mixed(self, offset: int, end: int, buffers: Buffers, entries: list[int]) -> None:
+        """Write where some blocks have a slot and others need one."""
+        first, last = offset // BLOCK, offset // BLOCK + len(entries)
+        offset, buffers = self._whole(offset, end, buffers, entries[0], entries[-1])
+        end = max(end, offset + size(buffers))
+        self._make_room(first, last, sum(not 0 < entry < ZERO_FLAG for entry in entries))
+        new = sum(not entry & NOWHERE for entry in entries)
+        taken = self._take(new) if new else 0
+        following = iter(range(taken, taken + new))
+        slots = [(entry & NOWHERE) - 1 if entry & NOWHERE else next(following) for entry in entries]
+        pieces = _adjacent(slots)
+        try:
+            for at, behind in pieces:
+                start = max(offset, (first + at) * BLOCK)
+                length = min(end, (first + behind) * BLOCK) - start
+                place = slots[at] * BLOCK + start - (first + at) * BLOCK
+                self.data.write(place, part(buffers, start - offset, length))
+        except Error:
+            self._give_back(taken, new)
+            raise
+        for at, behind in pieces:
+            self._map.assign(first + at, first + behind, slots[at])
+
+    def _place(self, offset: int, data: memoryview) -> int | None:
+        """Write whole blocks to new slots and say where; None if they are all zero. Their marks find space."""
+        length = len(data)
+        first, last = offset // BLOCK, blocks_of(offset + length)
+        try:
+            if not data[0] and not data[-1] and bytes(data) == bytes(length):
+                self._map.prepare(first, last)
+                return None
+            self._make_room(first, last, last - first)
+            slot = self._take(last - first)
+            try:
+                self.data.write(slot * BLOCK, [data])
+            except Error:
+                self._give_back(slot, last - first)
+                raise
+            return slot
+        except Error as error:
+            if error.kind is not Kind.NO_SPACE or not self._make_space():
+                raise
+            return self._place(offset, data)
+
+    def _take(self, count: int) -> int:
+        """So many adjacent slots: the first."""
+        if count == 1 and self._free:
+            return self._free.pop()
+        slot = self._tail
+        if slot + count > MAX_SLOTS:
+            raise Error(
+                Kind.NO_SPACE,
+                f"{self.name}: the overlay {self.path} holds the {format_size(MAX_SLOTS * BLOCK)} "
+                "that an overlay can hold; make a checkpoint",
+            )
+        self._tail += count
+        return slot
+
+    def _give_back(self, slot: int, count: int) -> None:
+        """Slots that were taken and that no mark has ever named."""
+        if slot + count == self._tail:
+            self._tail = slot
+        else:
+            self._free += range(slot, slot + count)
+
+    def _claim(self, offset: int, length: int) -> int:
+        """Where a range was stored; it is not counted as stored any more."""
+        slots = self._stored[offset, length]
+        slot = slots.pop()
+        if not slots:
+            del self._stored[offset, length]
+        self._unmarked -= blocks_of(length)
+        return slot
 
     def _read_runs(self, offset: int, buffers: Buffers, length: int) -> Pending | None:
         error, pendings = None, []
-        for start, run, state in self._runs(offset, length):
+        for start, run, entry in self._runs(offset, length):
             piece = part(buffers, start - offset, run)
-            if state == ZERO:
+            if entry >= ZERO_FLAG:
                 clear(piece)
                 continue
-            failed, pending = attempt(self.data.read if state == HERE else self._read_below, start, piece)
+            if entry:
+                failed, pending = attempt(self.data.read, _position(start, entry), piece)
+            else:
+                failed, pending = attempt(self._read_below, start, piece)
             error = error or failed
             pendings.append(pending)
         return gather(pendings, error)
@@ -343,35 +509,28 @@ class Overlay(Node):
         if not self.allocated(offset, length):
             return None
         pendings = []
-        for start, run, state in self._runs(offset, length):
+        for start, run, entry in self._runs(offset, length):
             piece = part(buffers, start - offset, run)
-            if state == HERE:
-                pendings.append(self.data.read(start, piece))
-            elif state == ZERO:
+            if entry >= ZERO_FLAG:
                 clear(piece)
+            elif entry:
+                pendings.append(self.data.read(_position(start, entry), piece))
         return gather(pendings)
 
-    def _fetch_run(self, offset: int, length: int, state: int) -> memoryview:
-        if state == HERE:
-            return self.data.fetch(offset, length)
-        return self.child.fetch(offset, length) if state == ABSENT else memoryview(bytes(length))
+    def _fetch_run(self, offset: int, length: int, entry: int) -> memoryview:
+        if 0 < entry < ZERO_FLAG:
+            return self.data.fetch(_position(offset, entry), length)
+        return memoryview(bytes(length)) if entry else self.child.fetch(offset, length)
 
     def _make_room(self, first: int, last: int, fresh: int) -> None:
         """Raise NO_SPACE before anything is written, where `fresh` more stored blocks find no room."""
-        if self.limit is not None and self._used_bytes() + fresh * BLOCK > self.limit:
+        if self.limit is not None and (self._map.here + self._unmarked + fresh) * BLOCK > self.limit:
             raise Error(
                 Kind.NO_SPACE,
                 f"{self.name}: the overlay {self.path} has reached its limit of {format_size(self.limit)}",
                 offset=first * BLOCK,
             )
         self._map.prepare(first, last)
-
-    def _used_bytes(self) -> int:
-        """What the data file occupies: also what was stored and not marked yet."""
-        try:
-            return os.stat(f"{self.path}.data").st_blocks * 512
-        except OSError as error:
-            raise from_os(error, f"look at {self.path}.data") from error
 
     def _whole_blocks(self, offset: int, length: int) -> tuple[int, int]:
         """The blocks that lie in the range as a whole; the disk's end ends its last block."""
@@ -386,11 +545,12 @@ class Overlay(Node):
         for start, end, state in self._map.runs(first, last):
             if state == ZERO:
                 continue
+            runs = self._runs(start * BLOCK, (end - start) * BLOCK) if state == HERE else []
             self._map.mark(start, end, ZERO)
-            if state == HERE:
+            for offset, length, entry in runs:
                 # The mark says it all; that the space could not be given back harms nobody's data.
                 with contextlib.suppress(Error):
-                    self.data.discard(start * BLOCK, min(end * BLOCK, self.length) - start * BLOCK)
+                    self.data.discard(_position(offset, entry), length)
 
 
 def held_runs(upper: Overlay, lower: Overlay, offset: int = 0) -> Iterator[tuple[int, int, bool]]:
@@ -406,3 +566,38 @@ def held_runs(upper: Overlay, lower: Overlay, offset: int = 0) -> Iterator[tuple
 
 def _paths(path: str | Path) -> tuple[str, str]:
     return f"{path}.data", f"{path}.map"
+
+
+def _take_over(recycled: str | Path, data_path: str) -> bool:
+    """Make an existing file the data of an overlay; False if it does not exist. Raises `Error`."""
+    try:
+        os.rename(recycled, data_path)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise from_os(error, f"rename {recycled}") from error
+    return True
+
+
+def _slot_of_all(entries: list[int]) -> int | None:
+    """The slot of the first, if all are here in adjacent slots."""
+    first, count = entries[0], len(entries)
+    if 0 < first < ZERO_FLAG and entries[-1] == first + count - 1:
+        return first - 1 if entries == list(range(first, first + count)) else None
+    return None
+
+
+def _adjacent(slots: list[int]) -> list[tuple[int, int]]:
+    """The list's stretches of ascending neighbours: (at, behind)."""
+    found = []
+    at = 0
+    for behind in range(1, len(slots) + 1):
+        if behind == len(slots) or slots[behind] != slots[behind - 1] + 1:
+            found.append((at, behind))
+            at = behind
+    return found
+
+
+def _position(offset: int, entry: int) -> int:
+    """Where in the data file a block's byte at `offset` of the disk lies."""
+    return (entry - 1) * BLOCK + offset % BLOCK

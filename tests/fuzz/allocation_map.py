@@ -11,14 +11,28 @@ import os
 import zlib
 
 from tcmu_replication.block import allocation_map
-from tcmu_replication.block.allocation_map import ABSENT, CHECKSUM, HEADER, HERE, ZERO, AllocationMap
+from tcmu_replication.block.allocation_map import (
+    ABSENT,
+    CHECKSUM,
+    HEADER,
+    HERE,
+    NOWHERE,
+    ZERO,
+    ZERO_FLAG,
+    AllocationMap,
+)
 from tcmu_replication.errors import Error, Kind
 from tests.fuzz.script import Script, told
 
 LENGTH = 40 << 20
 BLOCKS = allocation_map.blocks_of(LENGTH)
 SIZE = allocation_map.file_size(LENGTH)
-WORDS = (allocation_map.MAGIC, bytes((HERE,)) * 14, bytes((ZERO,)) * 14, LENGTH.to_bytes(8, "little"))
+WORDS = (
+    allocation_map.MAGIC,
+    NOWHERE.to_bytes(4, "little") * 3,
+    ZERO_FLAG.to_bytes(4, "little") * 3,
+    LENGTH.to_bytes(8, "little"),
+)
 MAX_LENGTH = 1024
 
 _FD = os.memfd_create("map")
@@ -52,9 +66,13 @@ def check(data: bytes) -> None:
 
 
 def _look(found: AllocationMap, content: bytearray) -> None:
-    marks = content[allocation_map.PAGE :]
+    entries = list(memoryview(content)[allocation_map.PAGE :].cast("I"))
+    marks = [(ZERO if entry & ZERO_FLAG else HERE) if entry else ABSENT for entry in entries]
     assert (found.here, found.zero) == (marks.count(HERE), marks.count(ZERO))
-    assert found.states(0, BLOCKS) == marks[:BLOCKS]
+    assert found.entries(0, BLOCKS) == entries[:BLOCKS]
+    assert found.states(0, BLOCKS) == bytes(marks[:BLOCKS])
+    assert [found.state(block) for block in range(0, BLOCKS, 7)] == marks[:BLOCKS:7]
+    assert found.slots == max(entry & NOWHERE for entry in entries if entry & NOWHERE != NOWHERE)
     runs = list(found.runs(0, BLOCKS))
     assert [run[0] for run in runs] == [0, *(run[1] for run in runs[:-1])]
     assert runs[-1][1] == BLOCKS

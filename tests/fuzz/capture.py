@@ -320,9 +320,9 @@ def own() -> None:
         "allocation_map",
         "marks",
         b"\2",
-        b"\2\0" + b"\1\2" * 7,
-        b"\5\0" + b"\0\1" * 7,
-        b"\x02\x40" + b"\1" * 14,
+        b"\2\0" + b"\1\0\0\0" * 3 + b"\0\0",
+        b"\5\0" + b"\0\0\0\x80" * 3 + b"\0\0",
+        b"\x02\x10" + b"\xff\xff\xff\x7f" * 3 + b"\0\0",
     )
     keep("allocation_map", "short", b"\0", b"\2\0" + b"\2" * 14)
     keep("allocation_map", "other-header", b"\3", b"\0\0" + allocation_map.header(1 << 20)[:14])

@@ -214,6 +214,185 @@ def test_overlay_cost_follows_what_was_touched(tmp_path: Path, shm: Path) -> Non
         disk.close()
 
 
+# Slots of the data file.
+
+
+def occupied(path: Path) -> int:
+    return os.stat(path).st_blocks * 512
+
+
+@pytest.fixture
+def recycled(overlay: Overlay, below: Memory, tmp_path: Path) -> Overlay:
+    """An empty overlay whose data file is full of an earlier one's content."""
+    overlay.write(0, [memoryview(b"secret" * (LENGTH // 6))])
+    overlay.close()
+    (tmp_path / "active.map").unlink()
+    return Overlay.create("next", tmp_path / "next", below, recycled=tmp_path / "active.data")
+
+
+def test_overlay_recycled_shows_nothing_of_what_its_file_held(
+    recycled: Overlay, below: Memory, tmp_path: Path
+) -> None:
+    assert not (tmp_path / "active.data").exists()
+    assert content(recycled) == OLD
+    recycled.write(BLOCK + 7, [memoryview(b"x")])
+    recycled.zero(4 * BLOCK - 5, BLOCK + 10)
+    recycled.write(8 * BLOCK + 1, [memoryview(b"end of it, up to the last block's part" * 50)])
+    expected = changed(
+        (BLOCK + 7, b"x"),
+        (4 * BLOCK - 5, bytes(BLOCK + 10)),
+        (8 * BLOCK + 1, b"end of it, up to the last block's part" * 50),
+    )
+    assert content(recycled) == expected
+    recycled.close()
+    assert content(Overlay("next", tmp_path / "next", below)) == expected
+
+
+def test_overlay_recycled_allocates_nothing_until_its_space_is_used(
+    recycled: Overlay, tmp_path: Path
+) -> None:
+    before = occupied(tmp_path / "next.data")
+    for block in (5, 2, 8):
+        recycled.write(block * BLOCK, [memoryview(b"n" * BLOCK)])
+    assert occupied(tmp_path / "next.data") == before
+
+
+def test_overlay_trim_gives_back_all_but_the_slots_in_use(recycled: Overlay, tmp_path: Path) -> None:
+    recycled.write(2 * BLOCK, [memoryview(b"n" * 2 * BLOCK)])
+    recycled.store(7 * BLOCK, memoryview(OLD)[7 * BLOCK : 8 * BLOCK])
+    recycled.trim()
+    assert occupied(tmp_path / "next.data") == 3 * BLOCK
+    recycled.mark(7 * BLOCK, BLOCK, False)
+    assert content(recycled) == changed((2 * BLOCK, b"n" * 2 * BLOCK))
+
+
+def test_overlay_recycled_from_nothing_is_a_new_file(below: Memory, tmp_path: Path) -> None:
+    overlay = Overlay.create("next", tmp_path / "next", below, recycled=tmp_path / "gone")
+    assert content(overlay) == OLD
+
+
+def test_overlay_recycled_never_replaces_a_file(below: Memory, tmp_path: Path) -> None:
+    (tmp_path / "old").write_bytes(b"old")
+    (tmp_path / "next.data").write_bytes(b"precious")
+    with pytest.raises(Error) as caught:
+        Overlay.create("next", tmp_path / "next", below, recycled=tmp_path / "old")
+    assert caught.value.kind is Kind.CONFLICT
+    assert (tmp_path / "next.data").read_bytes() == b"precious"
+
+
+def test_overlay_blocks_keep_their_slots_through_zeroes_and_rewrites(
+    overlay: Overlay, tmp_path: Path
+) -> None:
+    for round_ in range(50):
+        overlay.write(3 * BLOCK, [memoryview(bytes([round_ + 1]) * 2 * BLOCK)])
+        overlay.zero(3 * BLOCK, BLOCK)
+        overlay.discard(4 * BLOCK, BLOCK)
+    overlay.write(3 * BLOCK, [memoryview(b"n" * BLOCK)])
+    overlay.write(4 * BLOCK + 9, [memoryview(b"n")])
+    assert occupied(tmp_path / "active.data") == 2 * BLOCK
+    assert content(overlay) == changed((3 * BLOCK, b"n" * BLOCK + b"\0" * 9 + b"n" + bytes(BLOCK - 10)))
+    overlay.trim()
+    assert os.path.getsize(tmp_path / "active.data") == 10 * BLOCK
+
+
+def test_overlay_reopened_takes_slots_behind_the_last_that_is_marked(
+    overlay: Overlay, below: Memory, tmp_path: Path
+) -> None:
+    overlay.write(6 * BLOCK, [memoryview(b"a" * BLOCK)])
+    overlay.write(BLOCK, [memoryview(b"b" * BLOCK)])
+    overlay.zero(BLOCK, BLOCK)
+    overlay.close()
+    overlay = Overlay("active", tmp_path / "active", below)
+    overlay.write(0, [memoryview(b"c" * BLOCK)])
+    overlay.write(BLOCK, [memoryview(b"d")])
+    expected = changed((0, b"c" * BLOCK + b"d" + bytes(BLOCK - 1)), (6 * BLOCK, b"a" * BLOCK))
+    assert content(overlay) == expected
+
+
+def test_overlay_stored_and_abandoned_leaves_no_trace_and_its_slots_are_used_again(
+    overlay: Overlay, tmp_path: Path
+) -> None:
+    data = memoryview(OLD)
+    for _ in range(30):
+        overlay.store(0, data[:BLOCK])
+        overlay.store(BLOCK, data[BLOCK : 2 * BLOCK])
+        overlay.abandon(0, BLOCK)
+        overlay.abandon(BLOCK, BLOCK)
+        overlay.store(0, memoryview(bytes(BLOCK)))
+        overlay.abandon(0, BLOCK)
+    assert runs(overlay) == []
+    overlay.write(8 * BLOCK, [memoryview(b"a" * BLOCK)])
+    assert occupied(tmp_path / "active.data") == 2 * BLOCK
+    assert content(overlay) == changed((8 * BLOCK, b"a" * BLOCK))
+
+
+def test_overlay_limit_counts_what_is_stored_and_not_marked(below: Memory, tmp_path: Path) -> None:
+    overlay = Overlay.create("hidden", tmp_path / "hidden", below, limit=2 * BLOCK)
+    overlay.store(0, memoryview(OLD)[: 2 * BLOCK])
+    with pytest.raises(Error, match="reached its limit"):
+        overlay.store(4 * BLOCK, memoryview(OLD)[4 * BLOCK : 5 * BLOCK])
+    overlay.abandon(0, 2 * BLOCK)
+    overlay.store(4 * BLOCK, memoryview(OLD)[4 * BLOCK : 5 * BLOCK])
+
+
+@pytest.mark.parametrize("call", ["write", "zero a part", "save", "store"])
+def test_overlay_on_a_full_filesystem_asks_for_space_once(below: Memory, tmp_path: Path, call: str) -> None:
+    asked = []
+
+    def make_space() -> bool:
+        asked.append(call)
+        return len(asked) == 1
+
+    overlay = Overlay.create("active", tmp_path / "active", below, make_space=make_space)
+    overlay.data = faults = Faults(overlay.data)
+    calls: dict[str, Callable[[], Any]] = {
+        "write": lambda: overlay.write(BLOCK, [memoryview(b"n" * BLOCK)]),
+        "zero a part": lambda: overlay.zero(BLOCK, 100),
+        "save": lambda: overlay.save(BLOCK, memoryview(OLD)[BLOCK : 2 * BLOCK]),
+        "store": lambda: overlay.store(BLOCK, memoryview(OLD)[BLOCK : 2 * BLOCK]),
+    }
+    faults.fail("write", Kind.NO_SPACE, count=1)
+    calls[call]()
+    assert len(asked) == 1
+    faults.fail("write", Kind.NO_SPACE, count=1)
+    with pytest.raises(Error):
+        overlay.write(7 * BLOCK, [memoryview(b"n")])
+    assert len(asked) == 2
+    assert runs(overlay)[1:] == []
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_overlay_random_work_in_scattered_slots_is_as_a_plain_disk(
+    below: Memory, tmp_path: Path, seed: int
+) -> None:
+    rng = random.Random(seed)
+    overlay = Overlay.create("active", tmp_path / "active", below)
+    model = bytearray(OLD)
+    for _ in range(120):
+        offset = rng.randrange(LENGTH)
+        length = min(rng.choice([1, 700, BLOCK, 3 * BLOCK, LENGTH]), LENGTH - offset)
+        action = rng.choice(["write", "write", "write", "zero", "discard", "reopen", "trim"])
+        if action == "write":
+            data = rng.randbytes(length)
+            overlay.write(offset, [memoryview(data)[: length // 2], memoryview(data)[length // 2 :]])
+            model[offset : offset + length] = data
+        elif action == "zero":
+            overlay.zero(offset, length)
+            model[offset : offset + length] = bytes(length)
+        elif action == "discard":
+            overlay.discard(offset, length)
+            first, last = -(-offset // BLOCK) * BLOCK, (offset + length) // BLOCK * BLOCK
+            last = LENGTH if offset + length == LENGTH else last
+            model[first:last] = bytes(max(0, last - first))
+        elif action == "trim":
+            overlay.trim()
+        else:
+            overlay.close()
+            overlay = Overlay("active", tmp_path / "active", below)
+        assert content(overlay) == model
+    assert overlay.stored_bytes <= occupied(tmp_path / "active.data") + BLOCK
+
+
 # Files that are not what they should be.
 
 
@@ -230,9 +409,17 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "damaged header": (lambda p: corrupt(p / "active.map", 17, b"\xff"), "damaged header"),
     "cut map": (lambda p: os.truncate(p / "active.map", 8191), "8191 bytes instead of 8192"),
     "longer map": (lambda p: os.truncate(p / "active.map", 1 << 20), "instead of 8192"),
-    "unknown state": (lambda p: corrupt(p / "active.map", 4096 + 3, b"\x03"), "no block states"),
-    "beyond the end": (lambda p: corrupt(p / "active.map", 4096 + 10, b"\x01"), "beyond the end"),
-    "cut data": (lambda p: os.truncate(p / "active.data", 100), "has 100 bytes"),
+    "slot beyond the data": (lambda p: corrupt(p / "active.map", 4096 + 4 * 3, b"\x0c"), "in 12 slots"),
+    "two blocks in a slot": (
+        lambda p: corrupt(p / "active.map", 4096 + 4 * 3, b"\x02"),
+        "3 blocks in 2 slots",
+    ),
+    "no slot": (
+        lambda p: corrupt(p / "active.map", 4096 + 4 * 3, b"\xff\xff\xff\x7f"),
+        "3 blocks in 2 slots",
+    ),
+    "beyond the end": (lambda p: corrupt(p / "active.map", 4096 + 4 * 10, b"\x01"), "beyond the end"),
+    "cut data": (lambda p: os.truncate(p / "active.data", BLOCK), "has 4096 bytes"),
 }
 
 
@@ -240,6 +427,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
 def test_overlay_refuses_bad_files_and_lets_go_of_them(
     overlay: Overlay, below: Memory, tmp_path: Path, damage: Callable[[Path], None], message: str
 ) -> None:
+    overlay.write(5 * BLOCK, [memoryview(b"n" * 2 * BLOCK)])
     overlay.close()
     damage(tmp_path)
     for _ in range(2):
@@ -255,8 +443,8 @@ def test_overlay_refuses_another_version_and_another_length(
     overlay.close()
     with pytest.raises(Error, match=f"for a disk of {LENGTH} bytes, not of {LENGTH - 1}"):
         Overlay("active", tmp_path / "active", Memory(LENGTH - 1))
-    monkeypatch.setattr(allocation_map, "VERSION", 2)
-    with pytest.raises(Error, match="has version 1"):
+    monkeypatch.setattr(allocation_map, "VERSION", 3)
+    with pytest.raises(Error, match="has version 2"):
         Overlay("active", tmp_path / "active", below)
 
 
@@ -470,7 +658,7 @@ def test_held_runs_of_two_overlays(tmp_path, seed):
             offset = block * BLOCK
             size = min(rng.choice([1, 2, 40]) * BLOCK, length - offset)
             zero = rng.random() < 0.3
-            overlay.mark(offset, size, zero)
+            overlay.zero(offset, size) if zero else overlay.write(offset, [memoryview(b"d" * size)])
             for at in range(offset, offset + size, BLOCK):
                 # What upper holds counts.
                 expected[at] = zero
