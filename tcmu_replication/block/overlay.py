@@ -269,6 +269,19 @@ class Overlay(Node):
         except OSError as error:
             raise from_os(error, f"remove the overlay {self.path}") from error
 
+    def retire(self, path: str | Path) -> None:
+        """Close, remove the map, and make the data file `path`: `create` may recycle it.
+
+        What lies below stays open. Raises `Error`.
+        """
+        self.release()
+        data_path, map_path = _paths(self.path)
+        try:
+            os.unlink(map_path)  # without its map the data is nobody's
+            os.replace(data_path, path)
+        except OSError as error:
+            raise from_os(error, f"put the overlay {self.path} aside") from error
+
     # What the copy-before-write, the commit and the failover ask of an overlay.
 
     def allocated(self, offset: int, length: int) -> bool:

@@ -383,7 +383,7 @@ class Secondary:
         assert old is not None
         self._backup.retarget(new.hidden)
         self.filter.reads = self.filter.writes = new.active
-        self._remove_behind(old)
+        self._tidy_up(self._epochs.retire(old))
         log.info("%s: checkpoint, epoch %d", self.name, self.epoch)
         return (time.monotonic() - began) * 1000
 
@@ -473,7 +473,7 @@ class Secondary:
         self._export = None
         self._backup = None
         if self._next is not None:
-            self._remove_behind(self._next)
+            self._tidy_up(self._epochs.remove(self._next))
             self._next = None
 
     async def _serve_disk(self, operation: Operation) -> None:
@@ -490,7 +490,7 @@ class Secondary:
             self.top.release()
         old, self._pair = self._pair, None
         if old is not None:
-            self._remove_behind(old)
+            self._tidy_up(self._epochs.remove(old))
 
     def _start_commit(self) -> None:
         assert self._pair is not None
@@ -518,7 +518,7 @@ class Secondary:
         old, self._pair = self._pair, None
         log.info("%s: commit done, %d bytes", self.name, commit.offset)
         if old is not None:
-            self._remove_behind(old)
+            self._tidy_up(self._epochs.remove(old))
         self._stage_changed()
 
     def _commit_failed(self, error: Error) -> None:
@@ -532,8 +532,8 @@ class Secondary:
             log.error("%s: and that could not be written down: %s", self.name, also)
         self._stage_changed()
 
-    def _remove_behind(self, old: Pair) -> None:
-        """Remove an epoch's files in a thread: it takes a processor for as long as there was data, not us."""
+    def _tidy_up(self, work: Callable[[], None]) -> None:
+        """Put an old pair away in a thread: it may take a processor for as long as there was data, not us."""
         previous = self._sweeper
 
         async def sweep() -> None:
@@ -541,7 +541,7 @@ class Secondary:
                 await previous
             thread = Offload(threads=1, niceness=BACKGROUND)
             try:
-                await thread(old.destroy, "remove old overlays").wait()
+                await thread(work, "put old overlays away").wait()
             except Error as error:
                 log.warning("%s: old overlays stay until the next start: %s", self.name, error)
             finally:

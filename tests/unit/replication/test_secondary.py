@@ -161,6 +161,8 @@ def test_checkpoint_shows_the_forwarded_and_drops_own_writes(site):
             [
                 "manifest.json",
                 *(f"epoch-00000002.{r}.{k}" for r in ("active", "hidden") for k in ("data", "map")),
+                "spare.active.data",
+                "spare.hidden.data",
             ]
         )
 
