@@ -14,7 +14,6 @@ They last as long as the worker, as in QEMU.
 from __future__ import annotations
 
 import errno
-import re
 from collections.abc import Callable
 
 from msgspec import UNSET
@@ -34,12 +33,9 @@ from tcmu_replication.replication.secondary import Secondary
 from tcmu_replication.replication.stages import Stage
 from tcmu_replication.tls import Context
 
-from .qemu_graph import Graph
+from .qemu_graph import WELL_FORMED, Graph
 
 Emit = Callable[[str, Document], None]
-
-_ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*\Z")
-"""QEMU's id_wellformed."""
 
 
 class Device(Node):
@@ -151,7 +147,7 @@ class Exports:
         self._export(name, arguments.device, name, arguments.description, writable)
 
     async def _add(self, arguments: schema.BlockExportAdd, session: Session) -> None:
-        if not _ID.match(arguments.id):
+        if not WELL_FORMED.match(arguments.id):
             raise Error(Kind.BAD_REQUEST, "Invalid block export id")
         if arguments.id in self._exports:
             raise Error(Kind.CONFLICT, f"Block export id '{arguments.id}' is already in use")

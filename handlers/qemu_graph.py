@@ -5,7 +5,7 @@ drawings of docs/architecture.md give them; gates and what else is no node in
 QEMU's graph is left out.
 
     primary     top (quorum) -+- children.0  disk
-                              +- children.1  replication -> remote
+                              +- children.1  replication -> remote       (qemu_replica.py)
     secondary   replication -> active -> hidden -> disk
                 copy-before-write -> disk                  (while forwarded writes are taken)
 """
@@ -13,6 +13,7 @@ QEMU's graph is left out.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 
 from msgspec import UNSET, UnsetType
@@ -32,6 +33,11 @@ from tcmu_replication.errors import Error, Kind
 from tcmu_replication.replication.primary import Primary
 from tcmu_replication.replication.secondary import Secondary
 
+from .qemu_replica import NamedReplica
+
+WELL_FORMED = re.compile(r"[A-Za-z][A-Za-z0-9._-]*\Z")
+"""A name that a controller may give (QEMU's id_wellformed)."""
+
 _DRIVERS: dict[type[Node], tuple[str, str]] = {
     Mirror: ("top", "quorum"),
     Forward: ("replication", "replication"),
@@ -49,11 +55,12 @@ _CACHE = schema.BlockdevCacheInfo(writeback=True, direct=False, no_flush=False)
 class Graph:
     """The commands of nodes, for one end of the resource `name`."""
 
-    def __init__(self, name: str, engine: Primary | Secondary, disk: File) -> None:
+    def __init__(self, name: str, engine: Primary | Secondary, disk: File, replica: NamedReplica) -> None:
         self.lun = name
         self.disk = f"{name}-disk"
         self._engine = engine
         self._file = disk
+        self._replica = replica
         self.commands: dict[str, Handler] = {
             "query-block": self._query_block,
             "query-named-block-nodes": self._query_nodes,
@@ -66,9 +73,9 @@ class Graph:
         roots: list[Node] = [engine.top, self._file]
         if isinstance(engine, Secondary):
             roots += [] if engine.forwarded is None else [engine.forwarded]
-        elif engine.removed and engine.filter is not None:
-            roots.append(engine.filter)
-        return {_name(node): node for root in roots for node in self._walk(root)}
+        elif (replica := self._replica.root()) is not None and not self._replica.attached:
+            roots.append(replica)
+        return {self.name(node): node for root in roots for node in self._walk(root)}
 
     def devices(self) -> dict[str, Node]:
         """The node that each device shows."""
@@ -85,6 +92,10 @@ class Graph:
             raise Error(Kind.NOT_FOUND, f"Cannot find device='{name}' nor node-name='{name}'")
         return node
 
+    def name(self, node: Node) -> str:
+        """A node's node-name."""
+        return self._replica.name(node) or _DRIVERS[type(node)][0] or node.name
+
     def _walk(self, node: Node) -> Iterator[Node]:
         """The node and all below it that QEMU would call nodes, the one that is read from first."""
         if type(node) in _DRIVERS:
@@ -93,9 +104,11 @@ class Graph:
             yield from self._walk(child)
 
     def _children(self, node: Node) -> tuple[Node, ...]:
-        if isinstance(node, Mirror) and isinstance(self._engine, Primary) and self._engine.removed:
-            return tuple(child for child in node.children if child is not node.replica)
-        return node.children
+        if not isinstance(node, Mirror):
+            return node.children
+        local = tuple(child for child in node.children if child is not node.replica)
+        replica = self._replica.root()
+        return local if replica is None or not self._replica.attached else (*local, replica)
 
     # --- commands
 
@@ -117,7 +130,7 @@ class Graph:
     def _info(self, node: Node, *, flat: bool) -> schema.BlockDeviceInfo:
         below = _backing(node)
         return schema.BlockDeviceInfo(
-            node_name=_name(node),
+            node_name=self.name(node),
             drv=_DRIVERS[type(node)][1],
             file=_filename(node),
             ro=node.read_only,
@@ -130,7 +143,7 @@ class Graph:
     async def _change(self, arguments: schema.BlockdevChange, session: Session) -> None:
         """QEMU's qmp_x_blockdev_change, its checks in its order."""
         parent = self.find(arguments.parent)
-        name = next((name for name, node in self.devices().items() if node is parent), _name(parent))
+        name = next((name for name, node in self.devices().items() if node is parent), self.name(parent))
         child, new = arguments.child, arguments.node
         if child is UNSET and new is UNSET:
             raise Error(Kind.BAD_REQUEST, "Either child or node must be specified")
@@ -156,7 +169,7 @@ class Graph:
                 Kind.UNSUPPORTED,
                 f"the local disk of {self.lun} is what counts and cannot be removed; fail over on the secondary",
             )
-        await self._engine.remove_replica()
+        await self._replica.detach()
 
     async def _add(self, parent: Node, name: str, new: str) -> None:
         node = self.nodes().get(new)
@@ -164,9 +177,9 @@ class Graph:
             raise Error(Kind.NOT_FOUND, f"Node '{new}' not found")
         if not isinstance(parent, Mirror) or not isinstance(self._engine, Primary):
             raise Error(Kind.UNSUPPORTED, f"The node {name} does not support adding a child")
-        if node is not self._engine.filter or not self._engine.removed:
+        if node is not self._replica.root() or self._replica.attached:
             raise Error(Kind.CONFLICT, f"The node {new} already has a parent")
-        await self._engine.add_replica()
+        await self._replica.attach()
 
     def _child_names(self, parent: Node) -> list[str]:
         """QEMU's names of a node's children."""
@@ -175,10 +188,6 @@ class Graph:
         if isinstance(parent, Overlay):
             return ["file", "backing"]
         return ["file"]
-
-
-def _name(node: Node) -> str:
-    return _DRIVERS[type(node)][0] or node.name
 
 
 def _backing(node: Node) -> Node | None:

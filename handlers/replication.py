@@ -50,9 +50,12 @@ from tcmu_replication.replication.secondary import Secondary
 from tcmu_replication.replication.stages import Mode, Stage
 from tcmu_replication.tls import Context as Tls
 
+from .qemu_blockdev import Blockdev
 from .qemu_exports import Exports
 from .qemu_graph import Graph
+from .qemu_human import Human
 from .qemu_jobs import Jobs
+from .qemu_replica import NamedReplica
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +112,13 @@ class PairBackstore(Backstore):
     engine: Primary | Secondary
 
     def __init__(
-        self, resource: Resource, host: str, disk: File, offload: Offload, engine: Primary | Secondary
+        self,
+        resource: Resource,
+        host: str,
+        disk: File,
+        offload: Offload,
+        engine: Primary | Secondary,
+        connect: Callable[[], Remote] | None = None,
     ) -> None:
         self.resource = resource
         self.host = host
@@ -126,10 +135,13 @@ class PairBackstore(Backstore):
             "stop-replication": self._stop,
             "query-errors": self._query_errors,
         }
-        self._graph = Graph(resource.name, engine, disk)
+        replica = self._replica = NamedReplica(engine, connect)
+        self._graph = Graph(resource.name, engine, disk, replica)
+        blockdev = Blockdev(resource, host, self._graph, replica)
         self._qmp_jobs = Jobs(resource.name, engine, self._emit)
         self._qmp_exports = Exports(engine, disk, self._graph, self._emit, self._qmp_tls)
         commands |= self._graph.commands | self._qmp_jobs.commands | self._qmp_exports.commands
+        commands |= blockdev.commands | Human(blockdev).commands
         super().__init__(engine.top, resource.block_size, commands, resource.serial)
 
     async def listen(self, control: ControlServer) -> None:
@@ -310,7 +322,7 @@ class PrimaryBackstore(PairBackstore):
             detach=resource.on_local_error == "detach",
             failed=self._child_failed,
         )
-        super().__init__(resource, host, disk, offload, engine)
+        super().__init__(resource, host, disk, offload, engine, connect=lambda: self._connect(engine.verify))
 
     def _connect(self, verify: Callable[[], Awaitable[None]]) -> Remote:
         """A remote node for the secondary's export, not yet open."""
@@ -349,11 +361,13 @@ class PrimaryBackstore(PairBackstore):
     def _child_failed(self, failure: Failure) -> None:
         """QEMU's events for a child of the mirror, in sectors of 512 bytes."""
         start = failure.offset // 512
+        names = self._replica.names
+        replica = failure.child if names is None else names.root
         sectors = (failure.offset + failure.length + 511) // 512 - start
         bad = qemu_block_schema.QuorumReportBad(
             type=_QUORUM_OPERATION.get(failure.operation, "write"),
             error=str(failure.error),
-            node_name="disk" if failure.child == self.disk.name else failure.child,
+            node_name="disk" if failure.child == self.disk.name else replica,
             sector_num=start,
             sectors_count=sectors,
         )

@@ -51,10 +51,16 @@ def _check(value: Any, type: inspect.Type, path: str) -> None:
     if isinstance(type, inspect.UnionType):
         if is_tagged_union(type):
             type = _branch(value, type, path)
-        elif value is None:
-            return  # the only other unions of arguments are with null
-        else:
+        elif any(isinstance(branch, inspect.NoneType) for branch in type.types):
+            if value is None:
+                return
             type = next(branch for branch in type.types if not isinstance(branch, inspect.NoneType))
+        elif isinstance(value, str):
+            return  # the only other unions of arguments are of a node's name and its options
+        elif isinstance(value, dict):
+            type = _branch(value, type, path)
+        else:
+            raise _error(f"Invalid parameter type for '{path}', expected: BlockdevRef")
     kind, name = _TYPES[type.__class__]
     # JSON's true is Python's 1
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):

@@ -33,13 +33,14 @@ class Nothing(Document, frozen=True, kw_only=True):
 
 
 class Command(NamedTuple):
-    """A row of the command table. `result` is a type that msgspec converts to, None for no result.
+    """A row of the command table. `arguments` is a document, or a union of some that a member tells apart;
+    `result` is a type that msgspec converts to, None for no result.
 
     `oob`: it answers at once and so may be given out of band, while others of its connection wait.
     """
 
     name: str
-    arguments: type[Document]
+    arguments: Any
     result: Any
     privilege: Privilege
     doc: str

@@ -25,7 +25,8 @@ MAX_DEPTH = 64
 _OUTSIDE = re.compile(rb'["{}\[\]]')
 _IN_STRING = re.compile(rb'"|\\.', re.DOTALL)
 
-GENERIC, NO_COMMAND, NOT_ACTIVE = "GenericError", "CommandNotFound", "DeviceNotActive"
+GENERIC, NO_COMMAND = "GenericError", "CommandNotFound"
+NOT_ACTIVE, NO_DEVICE = "DeviceNotActive", "DeviceNotFound"
 
 CLASS_OF_KIND: dict[Kind, str] = {
     Kind.IO: GENERIC,

@@ -109,7 +109,7 @@ class _Types:
         )
         variants = [{"case": str(b.tag), "type": self._object(b)} for b in branches]
         return self._add(
-            "|".join(branch.cls.__name__ for branch in branches),
+            f"{tag}: " + "|".join(branch.cls.__name__ for branch in branches),
             {
                 "meta-type": "object",
                 "members": [{"name": tag, "type": kinds}],
@@ -119,6 +119,12 @@ class _Types:
         )
 
     def _alternate(self, type: inspect.UnionType, wanted: str) -> str:
-        members = [{"type": self.name(branch, wanted)} for branch in type.types]
+        branches = [
+            inspect.UnionType((branch,))
+            if isinstance(branch, inspect.StructType) and branch.tag_field
+            else branch
+            for branch in type.types
+        ]
+        members = [{"type": self.name(branch, wanted)} for branch in branches]
         name = "|".join(member["type"] for member in members)
         return self._add(name, {"meta-type": "alternate", "members": members})

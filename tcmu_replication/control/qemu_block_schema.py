@@ -96,10 +96,17 @@ GRAPH = table(
 
 
 class InetSocketAddress(Document, frozen=True, kw_only=True):
-    """`port` is a number in a string; "" as `host` means every address."""
+    """`port` is a number in a string, `to` the last one that will do; "" as `host` means every address.
+
+    With `numeric` the host is not looked up; `ipv4` and `ipv6` choose between what it has.
+    """
 
     host: str
     port: str
+    numeric: bool = False
+    to: Annotated[int, Meta(ge=0, le=0xFFFF)] | UnsetType = UNSET
+    ipv4: bool | UnsetType = UNSET
+    ipv6: bool | UnsetType = UNSET
 
 
 class UnixSocketAddress(Document, frozen=True, kw_only=True):
@@ -121,19 +128,25 @@ class Unix(Document, frozen=True, kw_only=True, tag_field="type", tag="unix"):
 
 
 class NbdServerStart(Document, frozen=True, kw_only=True):
-    """Arguments of nbd-server-start. Over TCP the resource file's [tls] applies, if it has one."""
+    """Arguments of nbd-server-start. Over TCP, or with `tls-creds`, the resource file's [tls] applies."""
 
     addr: Inet | Unix
+    tls_creds: str | UnsetType = UNSET
+    tls_authz: str | UnsetType = UNSET
     max_connections: UInt32 = 100
 
 
 class NbdServerAdd(Document, frozen=True, kw_only=True):
-    """Arguments of nbd-server-add: `device` is a device or a node; `name` of the export is the same if left out."""
+    """Arguments of nbd-server-add: `device` is a device or a node; `name` of the export is the same if left out.
+
+    There are no bitmaps, so none is found.
+    """
 
     device: str
     name: str | UnsetType = UNSET
     description: str | UnsetType = UNSET
     writable: bool = False
+    bitmap: str | UnsetType = UNSET
 
 
 class NbdServerRemove(Document, frozen=True, kw_only=True):

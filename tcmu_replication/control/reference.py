@@ -55,7 +55,9 @@ def _command(command: Command, types: dict[str, Any]) -> str:
         notes += " The peer's."
     if command.name in MANAGER_COMMANDS:
         notes += " The manager's."
-    return f"| {command.name} | {_members(types[row['arg-type']], types)} | {result} | {notes} |"
+    taken = types[row["arg-type"]]
+    arguments = _type(row["arg-type"], types) if "variants" in taken else _members(taken, types)
+    return f"| {command.name} | {arguments} | {result} | {notes} |"
 
 
 def _members(row: dict[str, Any], types: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from tcmu_replication.control import qemu_block_schema, qemu_schema
+from tcmu_replication.control import qemu_block_schema, qemu_blockdev_schema, qemu_schema
 from tcmu_replication.control.command import (
     OPERATOR,
     PEER,
@@ -210,6 +210,7 @@ COMMANDS = table(
     Command("peer-checkpoint", PeerEpoch, PeerState, PEER, "End the epoch; the secondary begins the next."),
     *qemu_schema.COMMANDS.values(),
     *qemu_block_schema.COMMANDS.values(),
+    *qemu_blockdev_schema.COMMANDS.values(),
 )  # fmt: skip
 
 DEVICE_COMMANDS = table(

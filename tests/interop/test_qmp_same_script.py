@@ -7,6 +7,7 @@ primary `top`. What differs on purpose is not in the scripts; docs/qmp.md lists 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 from collections.abc import Callable, Iterator
@@ -245,6 +246,186 @@ PRIMARY: list[Step] = [
     execute("quit"),
 ]
 
+LINK = {"type": "unix", "path": "DIR/link.sock"}
+"""Where the secondary listens; it exports its disk as disk0-disk."""
+
+
+def nbd(name: str | None, **options: Any) -> dict[str, Any]:
+    """The connection to it, as blockdev-add has it."""
+    named = {} if name is None else {"node-name": name}
+    return {"driver": "nbd", "server": LINK, "export": "disk0-disk", **named, **options}
+
+
+def add(name: str | None, file: Any, **options: Any) -> dict[str, Any]:
+    """A replication filter over `file`."""
+    named = {} if name is None else {"node-name": name}
+    options = {"mode": "primary", **options}
+    return {
+        "execute": "blockdev-add",
+        "arguments": {"driver": "replication", "file": file, **named, **options},
+    }
+
+
+def add_nbd(name: str | None, **options: Any) -> dict[str, Any]:
+    return {"execute": "blockdev-add", "arguments": nbd(name, **options)}
+
+
+def human(line: str) -> dict[str, Any]:
+    return execute("human-monitor-command", command_line=line)
+
+
+def instance(name: str) -> dict[str, str]:
+    return {"type": "block-node", "node-name": name}
+
+
+DRIVE = (
+    "drive_add -n buddy driver=replication,mode=primary,file.driver=nbd,file.path=DIR/link.sock,"
+    "file.export=disk0-disk,node-name=replication0"
+)
+
+ADDING: list[Step] = [
+    execute("query-yank"),
+    execute("blockdev-add"),
+    execute("blockdev-add", driver="nope"),
+    execute("blockdev-add", driver="nbd", node_name="x"),
+    execute("blockdev-add", driver="nbd", node_name="x", server={"type": "unix"}),
+    execute(
+        "blockdev-add", driver="nbd", node_name="x", server={"type": "inet", "host": "127.0.0.1", "port": 1}
+    ),
+    execute("blockdev-add", driver="nbd", node_name="x", server=inet("1")),
+    add_nbd(None),
+    add_nbd("x y"),
+    add_nbd("x" * 32),
+    add_nbd("disk0"),
+    add_nbd("disk"),
+    add_nbd("x", no_such_option=1),
+    add_nbd("x", **{"reconnect-delay": -1}),
+    add_nbd("x", **{"detect-zeroes": "x"}),
+    execute("blockdev-add", driver="replication", node_name="r"),
+    execute("blockdev-add", driver="replication", node_name="r", mode="primary"),
+    add("r", 5),
+    add("r", "nope"),
+    add("r", {"driver": "nope"}),
+    add("r", {"driver": "nbd"}),
+    add("r", nbd("nbd0"), mode="x"),
+    add("r", nbd("nbd0"), mode="secondary"),
+    add("r", nbd("nbd0"), **{"top-id": "disk0"}),
+    add("r", nbd("r")),
+    add(None, nbd("nbd0")),
+    execute("blockdev-del"),
+    execute("blockdev-del", node_name="nope"),
+    execute("blockdev-del", node_name="disk"),
+    execute("blockdev-del", node_name="disk0"),
+    execute("blockdev-del", node_name="top"),
+    add("r", nbd("nbd0")),
+    add("r", nbd("nbd0")),
+    add("r", nbd("nbd1")),
+    execute("query-yank"),
+    execute("blockdev-del", node_name="nbd0"),
+    execute("blockdev-del", node_name="r"),
+    execute("blockdev-del", node_name="r"),
+    execute("query-yank"),
+    add_nbd("nbd0"),
+    add("nbd0", "nbd0"),
+    add("r", "nbd0"),
+    execute("blockdev-del", node_name="nbd0"),
+    execute("x-blockdev-change", parent="disk0", node="nbd0"),
+    execute("x-blockdev-change", parent="top", node="r"),
+    execute("x-blockdev-change", parent="top", node="r"),
+    execute("blockdev-del", node_name="r"),
+    execute("x-blockdev-change", parent="top", child="children.1"),
+    execute("x-blockdev-change", parent="top", child="children.1"),
+    execute("blockdev-del", node_name="r"),
+    execute("blockdev-del", node_name="nbd0"),
+    execute("yank"),
+    execute("yank", instances=[]),
+    execute("yank", instances=[{"type": "x"}]),
+    execute("yank", instances=[{"type": "block-node"}]),
+    execute("yank", instances=[instance("nbd0")]),
+    execute("yank", instances=[{"type": "chardev", "id": "nope"}]),
+    execute("yank", instances=[{"type": "migration"}]),
+    execute("yank", instances=[{"type": "migration", "x": 1}]),
+    execute("query-yank", x=1),
+    execute("human-monitor-command"),
+    human("no-such-line"),
+    human("drive_del nope"),
+    human("drive_add -n buddy driver=nope"),
+    human(DRIVE.replace("nbd", "nope", 1)),
+    human(DRIVE),
+    human(DRIVE),
+    human("drive_del replication0"),
+    human("drive_del replication0"),
+]
+"""What goes before replication starts, and what is refused."""
+
+FORMS: dict[str, tuple[list[Step], str, str | None, list[Step]]] = {
+    "one-command": (
+        [add("replication0", nbd("nbd0", **{"reconnect-delay": 10}))],
+        "replication0", "nbd0",
+        [execute("blockdev-del", node_name="nbd0"), execute("blockdev-del", node_name="replication0")],
+    ),
+    "connection-first": (
+        [add_nbd("nbd0"), add("replication0", "nbd0")],
+        "replication0", "nbd0",
+        [execute("blockdev-del", node_name="replication0"), execute("blockdev-del", node_name="nbd0")],
+    ),
+    "connection-alone": (
+        [add_nbd("nbd0", **{"detect-zeroes": "on"})],
+        "nbd0", "nbd0",
+        [execute("blockdev-del", node_name="nbd0")],
+    ),
+    "drive-add": ([human(DRIVE)], "replication0", None, [human("drive_del replication0")]),
+    "our-names": (
+        [add("replication", nbd("remote"))],
+        "replication", "remote",
+        [execute("blockdev-del", node_name="replication")],
+    ),
+}  # fmt: skip
+"""Ways to add the replica: how, the names of the quorum's child and of the connection, and how it is deleted."""
+
+
+def replicating(form: str, *, early: bool = True) -> list[Step]:
+    """A primary's whole life: set up, start, checkpoint, the secondary is lost, and it goes on alone.
+
+    `early`: the replica is the quorum's child before replication starts, as in QEMU's documents.
+    """
+    adding, root, connection, deleting = FORMS[form]
+    attach = execute("x-blockdev-change", parent="disk0", node=root)
+    start = execute("xen-set-replication", enable=True, primary=True)
+    cut = (
+        []
+        if connection is None
+        else [{"exec-oob": "yank", "arguments": {"instances": [instance(connection)]}}]
+    )
+    return [
+        execute("nbd-server-start", addr=unix()),
+        execute("nbd-server-add", device="disk0", writable=True),
+        *adding,
+        *([attach, start] if early else [start, attach]),
+        attach,
+        *([execute("query-yank")] if connection is not None else []),
+        deleting[0],
+        execute("query-xen-replication-status"),
+        write("disk0", 0, 0x11),
+        execute("xen-colo-do-checkpoint"),
+        write("disk0", 65536, 0x22),
+        execute("query-xen-replication-status"),
+        *cut,
+        *cut,
+        execute("x-blockdev-change", parent="disk0", child="children.1"),
+        execute("x-blockdev-change", parent="disk0", child="children.1"),
+        *deleting,
+        *deleting,
+        *([execute("query-yank"), *cut] if cut else []),
+        execute("xen-set-replication", enable=False, primary=True),
+        execute("query-xen-replication-status"),
+        write("disk0", 131072, 0x33),
+        read("disk0", 65536),
+        execute("nbd-server-stop"),
+        execute("quit"),
+    ]
+
+
 NODES = {"top", "replication", "active", "hidden", "disk"}
 
 
@@ -256,6 +437,7 @@ def _nodes(result: list[dict[str, Any]]) -> Any:
 SHOWN: dict[str, Callable[[Any], Any]] = {
     "query-block": lambda result: {device["device"] for device in result},
     "query-named-block-nodes": _nodes,
+    "query-yank": lambda result: [one for one in result if one["type"] == "block-node"],
     "query-block-exports": lambda result: sorted((e["id"], e["type"], e["shutting-down"]) for e in result),
 }
 """Of these results a part is compared."""
@@ -269,7 +451,7 @@ def play(script: list[Step], monitor: Monitor) -> list[tuple[str, Any]]:
             heard.append((str(step), step(monitor)))
             continue
         reply = monitor.say(step)
-        command = step.get("execute")
+        command = step.get("execute") or step.get("exec-oob")
         if "return" in reply and command in SHOWN:
             reply["return"] = SHOWN[str(command)](reply["return"])
         description = reply.get("error", {}).get("desc", "")
@@ -359,6 +541,56 @@ def test_primary(directory: Path) -> None:
         monitor.close()
 
 
+@contextlib.contextmanager
+def qemu_primary(directory: Path) -> Iterator[Monitor]:
+    """QEMU's, without a replica, and a secondary of QEMU's that has been started."""
+    qemu, peer = directory / "qemu", directory / "peer"
+    support.make_raw(qemu / "disk.img", SIZE)
+    arguments = (
+        "-drive", f"if=none,id=disk0-disk,node-name=disk,driver=raw,file.driver=file,file.filename={qemu}/disk.img",
+        "-drive", "if=none,id=disk0,node-name=top,driver=quorum,read-pattern=fifo,vote-threshold=1,children.0=disk",
+    )  # fmt: skip
+    with (
+        support.secondary(peer, SIZE, address=str(qemu / "link.sock")) as secondary,
+        support.qemu(qemu, *arguments) as process,
+    ):
+        secondary.qmp.execute("nbd-server-add", device="disk0", name="disk0-disk", writable=True)
+        secondary.start()
+        process.qmp.close()
+        monitor = qemu_monitor(qemu)
+        yield monitor
+        monitor.close()
+
+
+@contextlib.contextmanager
+def our_pair(directory: Path) -> Iterator[tuple[Pair, Monitor]]:
+    """Ours, with the secondary started."""
+    ours = directory / "ours"
+    with Pair(ours, size=SIZE, link={"socket": str(ours / "link.sock")}) as pair:
+        pair.beta.cli("start", "disk0")
+        monitor = our_monitor(pair, "alpha", ours)
+        yield pair, monitor
+        monitor.close()
+
+
+def test_replica_that_is_added_and_deleted(directory: Path) -> None:
+    with qemu_primary(directory) as monitor:
+        heard = play(ADDING, monitor)
+    with our_pair(directory) as (_, monitor):
+        compare(heard, play(ADDING, monitor))
+
+
+@pytest.mark.parametrize("early", [True, False], ids=["attached-before-start", "attached-after-start"])
+@pytest.mark.parametrize("form", FORMS)
+def test_primary_from_set_up_to_the_loss_of_its_secondary(directory: Path, form: str, early: bool) -> None:
+    with qemu_primary(directory) as monitor:
+        heard = play(replicating(form, early=early), monitor)
+    with our_pair(directory) as (pair, monitor):
+        compare(heard, play(replicating(form, early=early), monitor))
+        disk = pair.beta.disk.read_bytes()
+        assert (disk[0], disk[65536], disk[131072]) == (0x11, 0x22, 0)
+
+
 class Schema:
     """A program's answer to query-qmp-schema."""
 
@@ -371,7 +603,8 @@ class Schema:
     def json_type(self, name: str) -> str:
         """What a value of a type is in JSON."""
         row = self.types[name]
-        kinds = {"builtin": row.get("json-type"), "enum": "string", "array": "array", "object": "object"}
+        kinds = {kind: kind for kind in ("array", "object", "alternate")}
+        kinds |= {"builtin": str(row.get("json-type")), "enum": "string"}
         return "int" if kinds[row["meta-type"]] == "int" else str(kinds[row["meta-type"]])
 
     def members(self, name: str) -> dict[str, tuple[str, bool]]:

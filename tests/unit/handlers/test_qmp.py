@@ -3,113 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
-from tcmu_replication.block.pending import settle
-from tcmu_replication.control import schema
-from tcmu_replication.control.command import Document, Privilege
-from tcmu_replication.control.server import Server
-from tcmu_replication.control.session import Session
-from tcmu_replication.daemon import handler
-from tcmu_replication.daemon.places import Context
 from tcmu_replication.errors import Error, Kind
 from tcmu_replication.replication import stages
 from tcmu_replication.replication.stages import Stage
-from tcmu_replication.units import BLOCK, MiB
+from tcmu_replication.units import BLOCK
 from tests.support.nbd import Nbd, NbdError
-from tests.support.processes import free_port
-
-SIZE = 2 * MiB
-SESSION = Session({}, (), Privilege.OPERATOR, "test")
-
-
-class End:
-    """One end of disk0, without a control socket of its own for operators; `events` is what it told."""
-
-    def __init__(self, base: Path, host: str) -> None:
-        self.directory = base / host
-        (self.directory / "overlays").mkdir(parents=True)
-        (self.directory / "disk.img").write_bytes(bytes(SIZE))
-        self.context = Context(base, base / "run", host)
-        self.events: list[tuple[str, Document]] = []
-        self.changed = asyncio.Event()
-
-    async def open(self) -> None:
-        self.backstore: Any = await handler.load("replication").open("disk0", self.context)
-        control = Server(self.backstore.commands, self.backstore.table)
-        self._control = control
-        control.emit = self._emit  # type: ignore[method-assign]
-        await self.backstore.listen(control)
-
-    def _emit(self, name: str, data: Document) -> None:
-        assert isinstance(data, schema.EVENTS[name])
-        self.events.append((name, data))
-        self.changed.set()
-
-    async def close(self) -> None:
-        await self.backstore.close()
-        await self._control.close()
-
-    async def ask(self, command: str, /, **arguments: Any) -> Any:
-        """As over a control socket: `_` in argument names stands for `-`, the answer is JSON's."""
-        row = self.backstore.table[command]
-        given = row.decode({name.replace("_", "-"): value for name, value in arguments.items()})
-        return row.encode(await self.backstore.commands[command](given, SESSION))
-
-    async def until(self, stage: Stage) -> None:
-        while self.backstore.engine.stage is not stage:
-            self.changed.clear()
-            await self.changed.wait()
-
-    async def write(self, offset: int, byte: int) -> None:
-        pending = self.backstore.top.write(offset, [memoryview(bytes([byte]) * BLOCK)])
-        self.backstore.top.unplug()
-        await settle(pending)
-
-    def told(self, *names: str) -> list[Any]:
-        """The events of these names, as they travel."""
-        return [msgspec.to_builtins(data) for name, data in self.events if name in names]
-
-    @property
-    def disk(self) -> bytes:
-        return (self.directory / "disk.img").read_bytes()
-
-
-Story = Callable[[End, End], Awaitable[None]]
-
-
-@pytest.fixture
-def play(tmp_path: Path) -> Callable[[Story], None]:
-    """Open both ends, replicate, run a story of (primary, secondary), and close them."""
-    # An end that has gone is not waited for when the other closes.
-    link = {"port": free_port(), "control-port": free_port(), "reconnect-delay": 0.1, "timeout": 5.0}
-    lines = ["[resource]", 'name = "disk0"', f"size = {SIZE}", "[link]"]
-    lines += [f"{name} = {value}" for name, value in link.items()]
-    for host, mode, address in (("alpha", "primary", "127.0.0.1"), ("beta", "secondary", "127.0.0.2")):
-        lines += [f"[host.{host}]", f'mode = "{mode}"', f'address = "{address}"']
-        lines += [f'disk = "{tmp_path}/{host}/disk.img"', f'overlays = "{tmp_path}/{host}/overlays"']
-    (tmp_path / "disk0.toml").write_text("\n".join(lines))
-
-    async def whole(story: Story, started: bool) -> None:
-        alpha, beta = End(tmp_path, "alpha"), End(tmp_path, "beta")
-        await beta.open()
-        await alpha.open()
-        try:
-            async with asyncio.timeout(60):
-                if started:
-                    await beta.ask("start")
-                    await alpha.ask("start")
-                await story(alpha, beta)
-        finally:
-            await alpha.close()
-            await beta.close()
-
-    return lambda story, started=True: asyncio.run(whole(story, started))
+from tests.unit.handlers.ends import End
 
 
 def test_commit_is_a_visible_job_with_its_events(play: Any) -> None:
