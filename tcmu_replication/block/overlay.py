@@ -424,25 +424,33 @@ class Overlay(Node):
     def _write_mixed(self, offset: int, end: int, buffers: Buffers, entries: list[int]) -> None:
         """Write where some blocks have a slot and others need one."""
         first, last = offset // BLOCK, offset // BLOCK + len(entries)
-        offset, buffers = self._whole(offset, end, buffers, entries[0], entries[-1])
-        end = max(end, offset + size(buffers))
-        self._make_room(first, last, sum(not 0 < entry < ZERO_FLAG for entry in entries))
+        fresh = sum(not 0 < entry < ZERO_FLAG for entry in entries)
+        if fresh:
+            offset, buffers = self._whole(offset, end, buffers, entries[0], entries[-1])
+            end = max(end, offset + size(buffers))
+            self._make_room(first, last, fresh)
         new = sum(not entry & NOWHERE for entry in entries)
         taken = self._take(new) if new else 0
         following = iter(range(taken, taken + new))
         slots = [(entry & NOWHERE) - 1 if entry & NOWHERE else next(following) for entry in entries]
         pieces = _adjacent(slots)
+        data = buffers[0] if len(buffers) == 1 else None
         try:
             for at, behind in pieces:
                 start = max(offset, (first + at) * BLOCK)
-                length = min(end, (first + behind) * BLOCK) - start
-                place = slots[at] * BLOCK + start - (first + at) * BLOCK
-                self.data.write(place, part(buffers, start - offset, length))
+                stop = min(end, (first + behind) * BLOCK)
+                piece = (
+                    part(buffers, start - offset, stop - start)
+                    if data is None
+                    else (data[start - offset : stop - offset],)
+                )
+                self.data.write(slots[at] * BLOCK + start - (first + at) * BLOCK, piece)
         except Error:
             self._give_back(taken, new)
             raise
-        for at, behind in pieces:
-            self._map.assign(first + at, first + behind, slots[at])
+        if fresh:
+            for at, behind in pieces:
+                self._map.assign(first + at, first + behind, slots[at])
 
     def _place(self, offset: int, data: memoryview) -> int | None:
         """Write whole blocks to new slots and say where; None if they are all zero. Their marks find space."""
