@@ -5,36 +5,43 @@ is copied to the disk, the disk is synced, and only then the block is forgotten,
 in hidden first and in active after it. So a commit that dies anywhere is simply
 done again from what is left.
 
-It goes window by window. What a window will copy is decided in one go, then it
-is copied by a few threads (the commit is the machine's copying speed, and the
-LUN answers meanwhile), then the disk is synced and the window forgotten.
+It goes window by window. What a window will copy is decided in one go; a few
+threads copy it, sharing its pieces; when the last piece is on the disk the disk
+is synced, and then the window is forgotten. Several windows are under way, so
+that the threads copy while the disk is synced. No block is in two of them:
+a block that has been forgotten is written on the disk alone, and a late copy of
+it would undo such a write. A window of which a piece failed, or was left out
+because the commit ends, is never forgotten.
 
-While it runs, requests go on. Writes go where `block.replication.Split` sends
-them, so the overlays only shrink; a write to a block of the window is reported
-through `redo`, and that block stays. (So it does not matter what a thread has
-read of a block that is written meanwhile.) The last few blocks are done while
-new requests are held, so that a block that is written all the time cannot keep
-the commit from ending.
+Requests go on meanwhile. Writes go where `block.replication.Split` sends them,
+so the overlays only shrink; a write to a block of a window is reported through
+`redo`, and that block stays. (So it does not matter what a thread has read of a
+block that is written meanwhile.) The last few blocks are done while new
+requests are held, and so is all that is left, a few blocks at a time, when the
+LUN writes so fast that most has to be copied again: then the commit and the
+LUN take turns, and both come to an end.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from tcmu_replication.block.gate import Gate
 from tcmu_replication.block.node import Node
 from tcmu_replication.block.offload import Offload
 from tcmu_replication.block.overlay import Overlay, held_runs
-from tcmu_replication.block.pending import Pending, settle
+from tcmu_replication.block.pending import Pending, after, gather, settle
 from tcmu_replication.errors import Error
 from tcmu_replication.jobs.job import Job, JobStatus
 from tcmu_replication.units import BLOCK, MiB
 
-CHUNK = 1 * MiB
-"""Copied at once. Between chunks a thread needs the interpreter, which the loop needs too."""
+PIECE = 1 * MiB
+"""Copied at once. Between pieces a thread needs the interpreter, which the loop needs too."""
 
 WINDOW = 64 * MiB
 """Copied between two syncs of the disk, at most."""
@@ -42,8 +49,11 @@ WINDOW = 64 * MiB
 RUNS = 2048
 """The most runs in a window: deciding on it and forgetting it must not keep requests waiting."""
 
+AHEAD = 3
+"""So many windows are under way: one is synced, one is copied, and one waits for a free thread."""
+
 LAST = 4 * MiB
-"""When so little is left, new requests are held until it is done."""
+"""When so little is left, new requests are held until it is done. No more is copied while they are held."""
 
 THREADS = 2
 """So many copy at a time, of an Offload of low priority: the loop serves the LUN meanwhile."""
@@ -57,20 +67,55 @@ class Run(NamedTuple):
     zero: bool
 
 
-class Commit(Job):
-    """Copies what active and hidden hold to `disk`. `gate` is the top of the LUN's chain.
+class Window:
+    """Runs that are copied and synced together, and what has become of them."""
 
-    With an `offload` its threads copy; without, the loop's own does, a window at a time.
-    """
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self.runs = runs
+        self.left = deque(_pieces(runs))
+        self.redo: set[int] = set()
+        self.failed_to: Literal["read", "write"] = "write"
+        self.copying: list[Pending] = []
+        self.synced: Pending | None = None
+
+    @property
+    def offset(self) -> int:
+        """Where the first run begins."""
+        return self.runs[0].offset
+
+    @property
+    def end(self) -> int:
+        """Where the last run ends."""
+        return self.runs[-1].offset + self.runs[-1].length
+
+    def take(self) -> Run | None:
+        """The next piece for the thread that asks; None when there is none left."""
+        try:
+            return self.left.popleft()
+        except IndexError:
+            return None
+
+    def settled(self) -> Iterator[tuple[int, int]]:
+        """The parts of its runs that were not written since: (offset, length)."""
+        for offset, length, _ in self.runs:
+            if not self.redo:
+                yield offset, length
+                continue
+            start, end = offset, offset + length
+            for block in range(offset // BLOCK, (end - 1) // BLOCK + 1):
+                if block in self.redo:
+                    if start < block * BLOCK:
+                        yield start, block * BLOCK - start
+                    start = min(end, (block + 1) * BLOCK)
+            if start < end:
+                yield start, end - start
+
+
+class Commit(Job):
+    """Copies what active and hidden hold to `disk`, in threads of `offload`. `gate` is the top of the LUN's chain."""
 
     def __init__(
-        self,
-        name: str,
-        active: Overlay,
-        hidden: Overlay,
-        disk: Node,
-        gate: Gate,
-        offload: Offload | None = None,
+        self, name: str, active: Overlay, hidden: Overlay, disk: Node, gate: Gate, offload: Offload
     ) -> None:
         super().__init__(name, "commit")
         self._active = active
@@ -78,22 +123,18 @@ class Commit(Job):
         self._disk = disk
         self._gate = gate
         self._offload = offload
-        self._window: list[Run] = []
-        self._redo: set[int] = set()
+        self._windows: deque[Window] = deque()
 
     def redo(self, offset: int, length: int) -> None:
-        """Active is written at this range: what the window has of it has to be copied again."""
-        if self._window:
-            self._redo.update(range(offset // BLOCK, (offset + length - 1) // BLOCK + 1))
+        """Active is written at this range: what the windows have of it has to be copied again."""
+        for window in self._windows:
+            if offset < window.end and window.offset < offset + length:
+                window.redo.update(range(offset // BLOCK, (offset + length - 1) // BLOCK + 1))
 
     async def run(self) -> None:
         """Commit everything. Raises `Error` as soon as a part fails; what is left stays in the overlays."""
         try:
-            while (left := self._left()) > LAST:
-                self.length = max(self.length, self.offset + left)
-                await self._pass()
-            self.length = max(self.length, self.offset + left)
-            await self._last_pass()
+            await self._run()
         except asyncio.CancelledError:
             self.end(JobStatus.CANCELLED, "cancelled")
             raise
@@ -103,110 +144,119 @@ class Commit(Job):
         self.length = self.offset
         self.end(JobStatus.CONCLUDED)
 
+    async def _run(self) -> None:
+        try:
+            before, left = 0, self._left()
+            while left > LAST and (not before or left <= before // 2):
+                self.length = max(self.length, self.offset + left)
+                await self._pass()
+                before, left = left, self._left()
+            self.length = max(self.length, self.offset + left)
+            await self._held_pass()
+        finally:
+            await self._stop()
+
     def _left(self) -> int:
         """Bytes still to commit, or a little more: what both overlays hold counts once for each."""
         return self._active.allocated_bytes + self._hidden.allocated_bytes
 
     async def _pass(self) -> None:
-        """Copy all that is there now, a window at a time."""
+        """Copy all that is there now, AHEAD windows at a time."""
         offset = 0
-        while window := _window(self._active, self._hidden, offset):
-            self._window = window
-            await self._copy_window()
-            await self._forget()
-            offset = window[-1].offset + window[-1].length
+        while True:
+            while len(self._windows) < AHEAD and (runs := self._next(offset, WINDOW)):
+                offset = self._begin(runs).end
+            if not self._windows:
+                return
+            await self._finish()
 
-    async def _last_pass(self) -> None:
-        self._gate.hold()
-        try:
-            await settle(self._gate.drained())
-            self._window = [Run(*run) for run in held_runs(self._active, self._hidden)]
-            self._copy(self._window)
-            await self._forget()
-        finally:
-            self._gate.release()
-
-    async def _copy_window(self) -> None:
-        """Copy the window's runs, in threads if there are any. Their end is awaited, whatever happens."""
-        if self._offload is None:
-            self._copy(self._window)
-            await asyncio.sleep(0)
-            return
-        shares = [self._window[start::THREADS] for start in range(THREADS)]
-        copying = [
-            self._offload(partial(self._copy, share), f"commit to {self._disk.name}")
-            for share in shares
-            if share
-        ]
-        cancelled = False
-        while any(not pending.done for pending in copying):
-            # A thread that outlived the files that it copies between would write into others.
+    async def _held_pass(self) -> None:
+        """Copy all that is left, while new requests are held: nothing has to be copied again."""
+        offset = 0
+        while self._left():
+            self._gate.hold()
             try:
-                await _ended(copying)
-            except asyncio.CancelledError:
-                cancelled = True
-        if cancelled:
-            raise asyncio.CancelledError
-        for pending in copying:
-            await pending.wait()
+                await settle(self._gate.drained())
+                offset = self._begin(self._next(offset, LAST)).end
+                await self._finish()
+            finally:
+                self._gate.release()
 
-    def _copy(self, runs: Sequence[Run]) -> None:
-        """Copy these runs. What a thread calls: it changes the disk, and says at most that it could not read."""
-        for offset, length, zero in runs:
-            if zero:
-                pending = self._disk.zero(offset, length)
-                assert pending is None, "the disk takes plain writes at once"
-                continue
-            for start in range(offset, offset + length, CHUNK):
-                try:
-                    data = self._active.fetch(start, min(CHUNK, offset + length - start))
-                except Error:
-                    self.failed_to = "read"
-                    raise
-                pending = self._disk.write(start, [data])
-                assert pending is None, "the disk takes plain writes at once"
+    def _next(self, offset: int, limit: int) -> list[Run]:
+        """The next runs from `offset` on: at most RUNS, and `limit` bytes."""
+        runs: list[Run] = []
+        for start, length, zero in held_runs(self._active, self._hidden, offset):
+            runs.append(Run(start, min(length, limit), zero))
+            limit -= runs[-1].length
+            if not limit or len(runs) == RUNS:
+                break
+        return runs
 
-    async def _forget(self) -> None:
-        """Sync the disk, then drop from the overlays what it holds now."""
-        await settle(self._disk.flush())
-        for offset, length, _ in self._window:
-            for start, run in self._settled(offset, length):
-                self._hidden.forget(start, run)
-                self._active.forget(start, run)
-                self.offset += run
-        self._window = []
-        self._redo.clear()
+    def _begin(self, runs: Sequence[Run]) -> Window:
+        """Let the threads copy these runs, after the windows that were begun before, and then sync the disk."""
+        window = Window(runs)
+        self._windows.append(window)
+        for _ in range(THREADS):
+            window.copying.append(self._offload(partial(self._copy, window), f"commit to {self._disk.name}"))
+        window.synced = after(gather(window.copying), self._disk.flush)
+        return window
 
-    def _settled(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
-        """The parts of a copied run that were not written since."""
-        end = offset + length
-        if not self._redo:
-            yield offset, length
-            return
-        start = offset
-        for block in range(offset // BLOCK, (end - 1) // BLOCK + 1):
-            if block in self._redo:
-                if start < block * BLOCK:
-                    yield start, block * BLOCK - start
-                start = min(end, (block + 1) * BLOCK)
-        if start < end:
-            yield start, end - start
+    async def _finish(self) -> None:
+        """Wait until the disk holds the oldest window, then drop that from the overlays."""
+        window = self._windows[0]
+        try:
+            await settle(window.synced)
+        except Error:
+            self.failed_to = window.failed_to
+            raise
+        for offset, length in window.settled():
+            self._hidden.forget(offset, length)
+            self._active.forget(offset, length)
+            self.offset += length
+        self._windows.popleft()
+
+    async def _stop(self) -> None:
+        """Wait until no thread copies, whatever happens; the windows are not forgotten.
+
+        A thread that outlived the files that it copies between would write into others.
+        """
+        for window in self._windows:
+            window.left.clear()
+        copying = [pending for window in self._windows for pending in window.copying]
+        self._windows.clear()
+        while running := [pending.wait() for pending in copying if not pending.done]:
+            # The job is ending already, so to be told once more to end changes nothing.
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.gather(*running, return_exceptions=True)
+
+    def _copy(self, window: Window) -> None:
+        """Copy pieces of this window until there are no more. What a thread calls."""
+        try:
+            while (piece := window.take()) is not None:
+                self._copy_piece(window, *piece)
+        except BaseException:
+            window.left.clear()
+            raise
+
+    def _copy_piece(self, window: Window, offset: int, length: int, zero: bool) -> None:
+        if zero:
+            pending = self._disk.zero(offset, length)
+        else:
+            try:
+                data = self._active.fetch(offset, length)
+            except Error:
+                window.failed_to = "read"
+                raise
+            pending = self._disk.write(offset, [data])
+        assert pending is None, "the disk takes plain writes at once"
 
 
-async def _ended(pendings: Sequence[Pending]) -> None:
-    """Wait until each has ended, well or not."""
-    for pending in pendings:
-        if not pending.done:
-            await asyncio.gather(pending.wait(), return_exceptions=True)
-
-
-def _window(active: Overlay, hidden: Overlay, offset: int) -> list[Run]:
-    """The next runs from `offset` on: at most RUNS, and WINDOW bytes."""
-    window: list[Run] = []
-    left = WINDOW
-    for start, length, zero in held_runs(active, hidden, offset):
-        window.append(Run(start, min(length, left), zero))
-        left -= window[-1].length
-        if not left or len(window) == RUNS:
-            break
-    return window
+def _pieces(runs: Sequence[Run]) -> Iterator[Run]:
+    """The runs in pieces that one thread copies at a time; zeroes cost nothing and stay whole."""
+    for run in runs:
+        if run.zero:
+            yield run
+            continue
+        end = run.offset + run.length
+        for start in range(run.offset, end, PIECE):
+            yield Run(start, min(PIECE, end - start), False)

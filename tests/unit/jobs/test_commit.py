@@ -3,6 +3,7 @@
 import asyncio
 import random
 import threading
+from contextlib import contextmanager
 
 import pytest
 
@@ -23,12 +24,53 @@ LENGTH = 8 * MiB + 512
 
 
 class SlowSync(Memory):
-    """A disk whose sync takes a turn of the loop, so that requests come in between."""
+    """A disk whose sync takes a few turns of the loop, so that requests come in between.
+
+    `stable` is what a loss of power would leave.
+    """
+
+    def __init__(self, length):
+        super().__init__(length)
+        self.stable = bytes(length)
 
     def flush(self):
         pending = Pending()
-        asyncio.get_running_loop().call_soon(pending.complete)
+        self._later(3, pending, bytes(self.data))
         return pending
+
+    def _later(self, turns, pending, stable):
+        if turns:
+            asyncio.get_running_loop().call_soon(self._later, turns - 1, pending, stable)
+            return
+        self.stable = stable
+        pending.complete()
+
+
+class HeldSync(Memory):
+    """A disk whose syncs end when the test says so."""
+
+    def __init__(self, length):
+        super().__init__(length)
+        self.syncs = []
+
+    def flush(self):
+        self.syncs.append(Pending())
+        return self.syncs[-1]
+
+
+class Broken(Memory):
+    """A disk that takes no writes at `bad`, and says where it took them."""
+
+    def __init__(self, length, bad):
+        super().__init__(length)
+        self.bad = bad
+        self.written = set()
+
+    def write(self, offset, buffers, fua=False):
+        if offset <= self.bad < offset + len(buffers[0]):
+            raise Error(Kind.IO, "the medium is broken")
+        self.written.add(offset)
+        return super().write(offset, buffers, fua)
 
 
 class Switch:
@@ -39,12 +81,30 @@ class Switch:
         self.hidden = Overlay.create("hidden", directory / "hidden", disk)
         self.active = Overlay.create("active", directory / "active", self.hidden)
 
-    def commit(self, offload=None):
-        """The job, and the gate of the LUN."""
+    def holds(self, offset):
+        """Whether this block still counts in one of the overlays."""
+        return self.active.allocated(offset, 1) or self.hidden.allocated(offset, 1)
+
+    @contextmanager
+    def commit(self):
+        """The job, where the LUN's writes go, and the gate above."""
         gate = Gate(self.active)
+        offload = Offload(threads=commits.THREADS)
         job = Commit("commit", self.active, self.hidden, self.disk, gate, offload)
         split = Split(self.active, self.hidden, self.disk, job.redo)
-        return job, split, gate
+        gate.hold()
+        gate.swap(split)
+        gate.release()
+        try:
+            yield job, split, gate
+        finally:
+            offload.close()
+
+
+async def until(condition):
+    """Let the loop turn until it is so."""
+    while not condition():
+        await asyncio.sleep(0)
 
 
 def fill(node, rng, model, count):
@@ -63,14 +123,13 @@ def fill(node, rng, model, count):
 
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
-    monkeypatch.setattr(commits, "CHUNK", 64 * 1024)
+    monkeypatch.setattr(commits, "PIECE", 64 * 1024)
     monkeypatch.setattr(commits, "WINDOW", 256 * 1024)
     monkeypatch.setattr(commits, "LAST", 128 * 1024)
 
 
-@pytest.mark.parametrize("threads", [False, True], ids=["loop", "threads"])
-@pytest.mark.parametrize("seed", range(8))
-def test_commit_under_writes_ends_with_the_disk_as_the_lun(tmp_path, seed, threads):
+@pytest.mark.parametrize("seed", range(12))
+def test_commit_under_writes_ends_with_the_disk_as_the_lun(tmp_path, seed):
     rng = random.Random(seed)
     disk = SlowSync(LENGTH)
     disk.data[:] = rng.randbytes(LENGTH)
@@ -85,22 +144,19 @@ def test_commit_under_writes_ends_with_the_disk_as_the_lun(tmp_path, seed, threa
             disk.write(start, [memoryview(rng.randbytes(length))])
 
     async def story():
-        offload = Offload() if threads else None
-        job, split, gate = chain.commit(offload)
-        running = asyncio.create_task(job.run())
-        checked = 0
-        while not running.done():
-            if not gate.held:
-                fill(split, rng, model, 1)
-                offset = rng.randrange(LENGTH - BLOCK)
-                assert bytes(chain.active.fetch(offset, BLOCK)) == bytes(model[offset : offset + BLOCK])
-                checked += 1
-            await asyncio.sleep(0)
-        await running
-        if offload is not None:
-            offload.close()
-        assert checked > 3
-        return job
+        with chain.commit() as (job, split, gate):
+            running = asyncio.create_task(job.run())
+            checked = 0
+            while not running.done():
+                if not gate.held:
+                    fill(split, rng, model, 1)
+                    offset = rng.randrange(LENGTH - BLOCK)
+                    assert bytes(chain.active.fetch(offset, BLOCK)) == bytes(model[offset : offset + BLOCK])
+                    checked += 1
+                await asyncio.sleep(0)
+            await running
+            assert checked > 3
+            return job
 
     job = asyncio.run(story())
     assert job.status is JobStatus.CONCLUDED
@@ -109,34 +165,167 @@ def test_commit_under_writes_ends_with_the_disk_as_the_lun(tmp_path, seed, threa
     assert disk.data == model
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_what_is_forgotten_survives_a_loss_of_power(tmp_path, seed):
+    rng = random.Random(seed)
+    chain = Switch(tmp_path, SlowSync(LENGTH))
+    model = bytearray(LENGTH)
+    fill(chain.active, rng, model, 60)
+    blocks = [offset for offset in range(0, LENGTH, BLOCK) if chain.holds(offset)]
+
+    async def story():
+        with chain.commit() as (job, split, gate):
+            running = asyncio.create_task(job.run())
+            while not running.done():
+                # Writes of the LUN go to held blocks alone: those to the disk are the client's to flush.
+                offset = rng.choice(blocks)
+                if not gate.held and chain.holds(offset):
+                    data = rng.randbytes(min(BLOCK, LENGTH - offset))
+                    split.write(offset, [memoryview(data)])
+                    model[offset : offset + BLOCK] = data
+                for offset in blocks:
+                    if not chain.holds(offset):
+                        assert chain.disk.stable[offset : offset + BLOCK] == model[offset : offset + BLOCK]
+                await asyncio.sleep(0)
+            await running
+
+    asyncio.run(story())
+    assert chain.disk.stable == model
+
+
 def test_commit_of_nothing_concludes(tmp_path):
     async def story():
-        job, _, gate = Switch(tmp_path, Memory(LENGTH)).commit()
-        await job.run()
-        assert job.status is JobStatus.CONCLUDED
-        assert not gate.held
+        with Switch(tmp_path, Memory(LENGTH)).commit() as (job, _, gate):
+            await job.run()
+            assert job.status is JobStatus.CONCLUDED
+            assert not gate.held
 
     asyncio.run(story())
 
 
-def test_commit_fails_with_the_disk_and_loses_nothing(tmp_path):
-    class Broken(Memory):
-        def write(self, offset, buffers, fua=False):
-            if offset >= MiB:
-                raise Error(Kind.IO, "the medium is broken")
-            return super().write(offset, buffers, fua)
+def test_windows_are_copied_while_one_is_synced_but_not_forgotten(tmp_path):
+    async def story():
+        chain = Switch(tmp_path, HeldSync(LENGTH))
+        chain.active.write(0, [memoryview(b"\5" * 4 * MiB)])
+        with chain.commit() as (job, _, _):
+            running = asyncio.create_task(job.run())
+            ahead = commits.AHEAD * commits.WINDOW
+            await until(lambda: len(chain.disk.syncs) == commits.AHEAD)
+            assert chain.disk.data[:ahead] == b"\5" * ahead
+            assert not any(chain.disk.data[ahead:])
+            assert chain.active.allocated_bytes == 4 * MiB
+            chain.disk.syncs[1].complete()  # a later window never goes before an earlier one
+            for _ in range(10):
+                await asyncio.sleep(0)
+            assert chain.active.allocated_bytes == 4 * MiB
+            chain.disk.syncs[0].complete()
+            await until(lambda: chain.active.allocated_bytes == 4 * MiB - 2 * commits.WINDOW)
+            assert not chain.holds(0)
+            await finished(running, chain.disk)
+            assert chain.disk.data[: 4 * MiB] == b"\5" * 4 * MiB
+
+    asyncio.run(story())
+
+
+async def finished(running, disk):
+    """Let every sync end until the commit has."""
+    while not running.done():
+        for pending in disk.syncs:
+            if not pending.done:
+                pending.complete()
+        await asyncio.sleep(0)
+    await running
+
+
+def test_write_to_a_window_that_is_being_synced_is_copied_again(tmp_path):
+    async def story():
+        chain = Switch(tmp_path, HeldSync(LENGTH))
+        chain.active.write(0, [memoryview(b"\5" * 4 * MiB)])
+        with chain.commit() as (job, split, _):
+            running = asyncio.create_task(job.run())
+            await until(lambda: len(chain.disk.syncs) == commits.AHEAD)
+            written = [BLOCK, commits.WINDOW - 512, commits.WINDOW + 3 * BLOCK]
+            for offset in written:  # the second is of two windows
+                split.write(offset, [memoryview(b"\6" * 1024)])
+            kept = {BLOCK, commits.WINDOW - BLOCK, commits.WINDOW, commits.WINDOW + 3 * BLOCK}
+            for pending in chain.disk.syncs[:2]:
+                pending.complete()
+            await until(lambda: not chain.holds(0) and not chain.holds(2 * commits.WINDOW - BLOCK))
+            held = {offset for offset in range(0, 2 * commits.WINDOW, BLOCK) if chain.holds(offset)}
+            assert held == kept
+            await finished(running, chain.disk)
+            expected = bytearray(b"\5" * 4 * MiB)
+            for offset in written:
+                expected[offset : offset + 1024] = b"\6" * 1024
+            assert chain.disk.data[: 4 * MiB] == expected
+
+    asyncio.run(story())
+
+
+def test_write_to_what_is_forgotten_is_not_undone_by_a_later_pass(tmp_path):
+    async def story():
+        chain = Switch(tmp_path, HeldSync(LENGTH))
+        chain.active.write(0, [memoryview(b"\5" * MiB)])
+        with chain.commit() as (job, split, _):
+            running = asyncio.create_task(job.run())
+            await until(lambda: len(chain.disk.syncs) == commits.AHEAD)
+            split.write(0, [memoryview(b"\6" * MiB)])  # all of it has to be copied again
+            for pending in chain.disk.syncs:
+                pending.complete()
+            late = set()
+            while not running.done():
+                for offset in range(0, MiB, BLOCK):
+                    if not chain.holds(offset) and offset not in late:
+                        split.write(offset, [memoryview(b"\7" * BLOCK)])
+                        late.add(offset)
+                for pending in chain.disk.syncs:
+                    if not pending.done:
+                        pending.complete()
+                await asyncio.sleep(0)
+            await running
+            assert late
+            assert all(
+                chain.disk.data[offset] == (7 if offset in late else 6) for offset in range(0, MiB, BLOCK)
+            )
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("bad", [0, 640 * 1024, MiB, 2 * MiB - 1])
+def test_commit_fails_with_the_disk_and_loses_nothing(tmp_path, bad):
+    rng = random.Random(bad)
+    data = rng.randbytes(2 * MiB)
 
     async def story():
-        chain = Switch(tmp_path, Broken(LENGTH))
-        chain.active.write(0, [memoryview(b"\5" * 2 * MiB)])
-        job, _, gate = chain.commit()
-        with pytest.raises(Error, match="the medium is broken"):
+        chain = Switch(tmp_path, Broken(LENGTH, bad))
+        chain.active.write(0, [memoryview(data)])
+        with chain.commit() as (job, _, gate):
+            with pytest.raises(Error, match="the medium is broken"):
+                await job.run()
+            assert job.status is JobStatus.FAILED
+            assert "the medium is broken" in job.error
+            assert job.failed_to == "write"
+            assert not gate.held
+        assert chain.active.fetch(0, 2 * MiB) == data
+        chain.disk.bad = -1
+        with chain.commit() as (job, _, _):
             await job.run()
-        assert job.status is JobStatus.FAILED
-        assert "the medium is broken" in job.error
-        assert job.failed_to == "write"
-        assert not gate.held
-        assert bytes(chain.active.fetch(0, 2 * MiB)) == b"\5" * 2 * MiB
+        assert chain.disk.data[: 2 * MiB] == data
+
+    asyncio.run(story())
+
+
+def test_commit_fails_with_the_sync_and_forgets_nothing(tmp_path):
+    async def story():
+        chain = Switch(tmp_path, HeldSync(LENGTH))
+        chain.active.write(0, [memoryview(b"\5" * 2 * MiB)])
+        with chain.commit() as (job, _, _):
+            running = asyncio.create_task(job.run())
+            await until(lambda: chain.disk.syncs)
+            chain.disk.syncs[0].complete(Error(Kind.IO, "the medium is broken"))
+            with pytest.raises(Error, match="the medium is broken"):
+                await running
+        assert chain.active.allocated_bytes == 2 * MiB
 
     asyncio.run(story())
 
@@ -149,63 +338,92 @@ def test_commit_that_cannot_read_says_so(tmp_path, monkeypatch):
         chain = Switch(tmp_path, Memory(LENGTH))
         chain.active.write(0, [memoryview(b"\5" * BLOCK)])
         monkeypatch.setattr(chain.active, "fetch", broken)
-        job, _, _ = chain.commit()
-        with pytest.raises(Error, match="the medium is broken"):
-            await job.run()
-        assert job.failed_to == "read"
+        with chain.commit() as (job, _, _):
+            with pytest.raises(Error, match="the medium is broken"):
+                await job.run()
+            assert job.failed_to == "read"
 
     asyncio.run(story())
 
 
-def test_commit_fails_with_a_thread_and_loses_nothing(tmp_path):
-    class Broken(Memory):
-        def write(self, offset, buffers, fua=False):
-            raise Error(Kind.IO, "the medium is broken")
+class Stuck(Memory):
+    """A disk whose writes at `stuck` wait for the test and at `bad` fail; the others pass."""
 
+    def __init__(self, length, stuck, bad=-1):
+        super().__init__(length)
+        self.go = threading.Event()
+        self.stuck = stuck
+        self.bad = bad
+        self.failed = False
+        self.begun = []
+        self.ended = []
+
+    def write(self, offset, buffers, fua=False):
+        if offset == self.bad:
+            self.failed = True
+            raise Error(Kind.IO, "the medium is broken")
+        self.begun.append(offset)
+        if offset in self.stuck:
+            assert self.go.wait(60)
+        super().write(offset, buffers, fua)
+        self.ended.append(offset)
+
+
+def test_commit_that_fails_in_a_thread_waits_for_the_other(tmp_path):
     async def story():
-        chain = Switch(tmp_path, Broken(LENGTH))
-        chain.active.write(0, [memoryview(b"\5" * 2 * MiB)])
-        offload = Offload()
-        job, _, _ = chain.commit(offload)
-        with pytest.raises(Error, match="the medium is broken"):
-            await job.run()
-        offload.close()
-        assert job.status is JobStatus.FAILED
-        assert bytes(chain.active.fetch(0, 2 * MiB)) == b"\5" * 2 * MiB
+        chain = Switch(tmp_path, Stuck(LENGTH, {0}, bad=commits.PIECE))
+        chain.active.write(0, [memoryview(b"\5" * MiB)])
+        with chain.commit() as (job, _, _):
+            running = asyncio.create_task(job.run())
+            await until(lambda: chain.disk.failed and chain.disk.begun)
+            for _ in range(10):
+                await asyncio.sleep(0)
+            assert not running.done()
+            chain.disk.go.set()
+            with pytest.raises(Error, match="the medium is broken"):
+                await running
+            assert set(range(0, commits.WINDOW, commits.PIECE)).isdisjoint({*chain.disk.ended} - {0})
+            assert sorted(chain.disk.begun) == sorted(chain.disk.ended)
+        assert chain.active.allocated_bytes == MiB
+
+    asyncio.run(story())
+
+
+def test_window_is_finished_though_the_next_has_failed_already(tmp_path):
+    async def story():
+        chain = Switch(tmp_path, Stuck(LENGTH, {commits.WINDOW - commits.PIECE}, bad=commits.WINDOW))
+        chain.active.write(0, [memoryview(b"\5" * MiB)])
+        with chain.commit() as (job, _, _):
+            running = asyncio.create_task(job.run())
+            await until(lambda: chain.disk.failed)
+            assert not running.done()
+            assert chain.active.allocated_bytes == MiB
+            chain.disk.go.set()
+            with pytest.raises(Error, match="the medium is broken"):
+                await running
+        assert chain.active.allocated_bytes == MiB - commits.WINDOW
+        assert chain.active.fetch(0, MiB) == b"\5" * MiB
 
     asyncio.run(story())
 
 
 def test_commit_cancelled_waits_for_its_threads(tmp_path):
-    class Held(Memory):
-        """A disk whose writes wait for the test, and are noted when they end."""
-
-        go = threading.Event()
-        ended = 0
-
-        def write(self, offset, buffers, fua=False):
-            assert self.go.wait(60)
-            self.ended += 1
-            return super().write(offset, buffers, fua)
-
     async def story():
-        chain = Switch(tmp_path, Held(LENGTH))
+        chain = Switch(tmp_path, Stuck(LENGTH, range(LENGTH)))
         chain.active.write(0, [memoryview(b"\5" * MiB)])
-        offload = Offload()
-        job, _, _ = chain.commit(offload)
-        running = asyncio.create_task(job.run())
-        await asyncio.sleep(0)
-        for _ in range(3):
-            running.cancel()
-            await asyncio.sleep(0)
-        assert not running.done()
-        chain.disk.go.set()
-        with pytest.raises(asyncio.CancelledError):
-            await running
-        assert job.status is JobStatus.CANCELLED
-        before = chain.disk.ended
-        offload.close()
-        assert chain.disk.ended == before > 0
+        with chain.commit() as (job, _, _):
+            running = asyncio.create_task(job.run())
+            await until(lambda: len(chain.disk.begun) == commits.THREADS)
+            for _ in range(3):
+                running.cancel()
+                await asyncio.sleep(0)
+            assert not running.done()
+            chain.disk.go.set()
+            with pytest.raises(asyncio.CancelledError):
+                await running
+            assert job.status is JobStatus.CANCELLED
+            assert len(chain.disk.ended) == commits.THREADS  # no piece was begun after that
+        assert len(chain.disk.begun) == commits.THREADS
         assert chain.active.allocated_bytes == MiB
 
     asyncio.run(story())
@@ -215,17 +433,91 @@ def test_block_written_all_the_time_does_not_keep_the_commit_from_ending(tmp_pat
     async def story():
         chain = Switch(tmp_path, SlowSync(LENGTH))
         chain.active.write(0, [memoryview(b"\1" * MiB)])
-        job, split, gate = chain.commit()
-        running = asyncio.create_task(job.run())
-        for count in range(10_000):
-            if running.done():
-                break
-            if not gate.held:
-                split.write(0, [memoryview(bytes([count % 256]) * BLOCK)])
-                last = count % 256
-            await asyncio.sleep(0)
-        await running
-        assert set(chain.disk.data[:BLOCK]) == {last}
+        with chain.commit() as (job, split, gate):
+            running = asyncio.create_task(job.run())
+            for count in range(10_000):
+                if running.done():
+                    break
+                if not gate.held:
+                    split.write(0, [memoryview(bytes([count % 256]) * BLOCK)])
+                    last = count % 256
+                await asyncio.sleep(0)
+            await running
+            assert set(chain.disk.data[:BLOCK]) == {last}
+
+    asyncio.run(story())
+
+
+def test_lun_written_faster_than_it_is_copied_takes_turns_with_the_commit(tmp_path):
+    class Turns(Gate):
+        """Counts how often requests were held, and which of them waited."""
+
+        holds = 0
+        waited = 0
+
+        def hold(self):
+            self.holds += 1
+            super().hold()
+
+        def release(self):
+            self.waited += self.waiting > 0
+            super().release()
+
+    async def story():
+        chain = Switch(tmp_path, SlowSync(LENGTH))
+        chain.active.write(0, [memoryview(b"\1" * MiB)])
+        with chain.commit() as (job, split, _):
+            gate = Turns(split)
+            job._gate = gate
+            running = asyncio.create_task(job.run())
+            answers = []
+            for count in range(10_000):
+                if running.done():
+                    break
+                answer = gate.write(0, [memoryview(bytes([count % 255 + 1]) * MiB)])
+                answers.append((count % 255 + 1, answer))
+                await asyncio.sleep(0)
+            await running
+            assert gate.holds == gate.waited == MiB // commits.LAST
+            assert all(answer is None or answer.done for _, answer in answers)
+            assert set(chain.disk.data[:MiB]) == {answers[-1][0]}
+
+    asyncio.run(story())
+
+
+def test_what_is_in_flight_ends_before_the_last_blocks_are_copied(tmp_path):
+    async def story():
+        chain = Switch(tmp_path, HeldSync(LENGTH))
+        chain.active.write(0, [memoryview(b"\5" * BLOCK)])
+        with chain.commit() as (job, _, gate):
+            gate.flush()
+            running = asyncio.create_task(job.run())
+            for _ in range(10):
+                await asyncio.sleep(0.001)
+            assert gate.held
+            assert not any(chain.disk.data)
+            await finished(running, chain.disk)
+            assert chain.disk.data[:BLOCK] == b"\5" * BLOCK
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("dying", ["hidden", "active"])
+def test_death_between_forgetting_in_one_overlay_and_the_other_shows_the_newest(tmp_path, monkeypatch, dying):
+    class DeathError(Exception):
+        """Not an `Error`: nothing in the product handles it."""
+
+    def die(offset, length):
+        raise DeathError
+
+    async def story():
+        chain = Switch(tmp_path, Memory(LENGTH))
+        chain.hidden.save(0, memoryview(b"\1" * BLOCK))
+        chain.active.write(0, [memoryview(b"\2" * BLOCK)])
+        monkeypatch.setattr(getattr(chain, dying), "forget", die)
+        with chain.commit() as (job, _, _), pytest.raises(DeathError):
+            await job.run()
+        assert chain.active.fetch(0, BLOCK) == b"\2" * BLOCK
 
     asyncio.run(story())
 
@@ -235,8 +527,8 @@ def test_commit_of_the_last_block_that_the_disk_ends_inside(tmp_path):
         disk = Memory(LENGTH)
         chain = Switch(tmp_path, disk)
         chain.active.write(LENGTH - 512, [memoryview(b"\7" * 512)])
-        job, _, _ = chain.commit()
-        await job.run()
+        with chain.commit() as (job, _, _):
+            await job.run()
         assert bytes(disk.data[-513:]) == b"\0" + b"\7" * 512
 
     asyncio.run(story())
