@@ -9,6 +9,8 @@ is never guessed at.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import os
 from pathlib import Path
@@ -109,35 +111,44 @@ def save(directory: Path, manifest: Manifest) -> None:
 
     Raises `Error` with the old manifest still in place and whole.
     """
-    path = directory / NAME
-    new = directory / (NAME + ".new")
+    path, new = f"{directory}/{NAME}", f"{directory}/{NAME}.new"
+    before = None
     try:
-        before = path.read_bytes() if path.exists() else None
-        _write(new, encode(manifest))
-        os.replace(new, path)
+        with contextlib.suppress(FileNotFoundError):
+            before = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            sync_directory(directory)
-        except OSError:
-            # It is in place and the caller will be told that it is not: put back what it goes on with.
-            _put_back(path, new, before)
-            raise
+            _write(new, encode(manifest))
+            os.replace(new, path)
+            try:
+                sync_directory(directory)
+            except OSError:
+                # It is in place and the caller will be told that it is not: put back what it goes on with.
+                _put_back(path, new, before)
+                raise
+        finally:
+            if before is not None:
+                os.close(before)
     except OSError as e:
-        new.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(new)
         raise from_os(e, f"write {path}") from e
 
 
-def _write(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def _write(path: str, data: bytes) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    try:
+        if os.write(fd, data) != len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
-def _put_back(path: Path, new: Path, before: bytes | None) -> None:
+def _put_back(path: str, new: str, before: int | None) -> None:
     if before is None:
-        path.unlink()
+        os.unlink(path)
     else:
-        _write(new, before)
+        _write(new, os.pread(before, MAX_LENGTH, 0))
         os.replace(new, path)
 
 
