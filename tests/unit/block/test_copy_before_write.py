@@ -21,6 +21,7 @@ from tcmu_replication.block.overlay import Overlay
 from tcmu_replication.block.pending import settle
 from tcmu_replication.errors import Error, Kind
 from tests.unit.block.conftest import HeldOffload, make_image
+from tests.unit.block.ledger import Ledger
 
 BLOCK = 4096
 LENGTH = 6 * BLOCK + 700
@@ -33,9 +34,11 @@ class Pair:
     def __init__(self, folder: Path, *, durable: bool = False, offload: HeldOffload | None = None) -> None:
         self.memory = Memory(LENGTH)
         self.memory.data[:] = OLD
-        self.disk = Faults(self.memory, name="disk")
+        self.below = Faults(self.memory, name="below")
+        self.disk = Faults(self.below, name="disk")
         self.hidden = Overlay.create("hidden", folder / "hidden", self.disk, offload=offload)
         self.data = self.hidden.data = Faults(self.hidden.data, name="hidden data")
+        self.ledger = Ledger(self.hidden)
         self.filter = CopyBeforeWrite(self.disk, self.hidden, durable)
 
     def write(self, offset: int, data: bytes) -> list[bool]:
@@ -91,15 +94,14 @@ def test_cbw_saves_before_zero_and_discard(pair: Pair, operation: str) -> None:
 
 def test_cbw_saves_a_block_once(pair: Pair) -> None:
     pair.write(0, b"1" * BLOCK)
-    fetches = pair.disk.fail("fetch")
+    reads = pair.disk.fail("read")
     pair.write(10, b"2" * 100)
     pair.filter.zero(0, 4)
-    assert fetches.met == 0
-    fetches.cancel()
+    assert reads.met == 0
     assert pair.checkpoint() == OLD
 
 
-@pytest.mark.parametrize("operation", ["write", "fetch"])
+@pytest.mark.parametrize("operation", ["write", "read"])
 def test_cbw_that_cannot_save_fails_the_write_and_recovers(pair: Pair, operation: str) -> None:
     place = pair.data if operation == "write" else pair.disk
     rule = place.fail(operation, Kind.NO_SPACE, count=1, torn_after=BLOCK + 5)
@@ -126,9 +128,9 @@ def test_cbw_of_a_large_hole_marks_zeroes_without_reading_it(tmp_path: Path) -> 
     disk = Faults(File(make_image(tmp_path / "disk", length)))
     disk.write(5 << 20, [memoryview(b"x" * BLOCK)])
     hidden = Overlay.create("hidden", tmp_path / "hidden", disk)
-    fetches = disk.fail("fetch", offset=6 << 20)
+    reads = disk.fail("read", offset=6 << 20)
     CopyBeforeWrite(disk, hidden).zero(0, length)
-    assert fetches.met == 0
+    assert reads.met == 0
     assert hidden.covers(0, length)
     assert hidden.stored_bytes == PIECE
     assert bytes(hidden.fetch(5 << 20, BLOCK + 1)) == b"x" * BLOCK + b"\0"
@@ -246,6 +248,8 @@ def test_cbw_durable_failed_sync_fails_the_batch_and_leaves_disk_and_marks(
     assert ended == [[False], [False]]
     assert durable.memory.data == OLD
     assert not durable.hidden.allocated(0, LENGTH)
+    assert not durable.ledger.outstanding
+    assert bool(durable.ledger.abandoned) == (step == 0)
     again = durable.write(0, b"3")
     durable.filter.unplug()
     assert again == [True]
@@ -259,7 +263,7 @@ def test_cbw_durable_failed_batch_keeps_the_marks_of_the_one_before(
     pair = Pair(tmp_path, durable=True, offload=offload)
     first = pair.write(0, b"1")
     pair.filter.unplug()
-    second = pair.write(2, b"2")  # stored again: the first batch has not marked the block yet
+    second = pair.write(2, b"2" * BLOCK)  # its first block is the first batch's to mark
     offload.run_next()
     offload.run_next()
     assert first == [True]
@@ -280,6 +284,31 @@ def test_cbw_durable_write_that_cannot_be_stored_fails_alone(durable: Pair) -> N
     durable.filter.close()
     assert good == [True]
     assert durable.memory.data == changed((0, b"1"))
+    assert not durable.ledger.outstanding
+
+
+def test_cbw_durable_write_that_cannot_be_stored_to_its_end_abandons_its_beginning(durable: Pair) -> None:
+    durable.write(2 * BLOCK, b"1")
+    durable.filter.unplug()
+    durable.data.fail("write", Kind.NO_SPACE, skip=1)
+    with pytest.raises(Error):
+        durable.write(BLOCK, b"2" * 3 * BLOCK)
+    assert durable.ledger.abandoned == [(BLOCK, BLOCK)]
+    assert not durable.ledger.outstanding
+    assert not durable.hidden.allocated(BLOCK, 1)
+    assert durable.memory.data == changed((2 * BLOCK, b"1"))
+
+
+def test_cbw_durable_unaligned_neighbours_are_one_batch(tmp_path: Path) -> None:
+    offload = HeldOffload()
+    pair = Pair(tmp_path, durable=True, offload=offload)
+    ends = [pair.write(start, b"n" * BLOCK) for start in range(700, 5 * BLOCK, BLOCK)]
+    pair.filter.unplug()
+    offload.run_next()
+    offload.run_next()
+    assert ends == [[True]] * 5
+    assert not offload.calls
+    assert pair.checkpoint() == OLD
 
 
 def test_cbw_durable_disk_errors_reach_their_own_write(durable: Pair) -> None:
