@@ -11,30 +11,59 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 import click
 
 from benchmarks import images, limits, machine, picture, report, ring, scale, work
+from benchmarks.memory import Memory
 from benchmarks.rows import Sample
 from benchmarks.scale import Scale
+from benchmarks.turn import Turn
+from tcmu_replication.block import space
 
 SCALES = {"full": scale.FULL, "quick": scale.QUICK, "tiny": scale.TINY}
 PRIORITY = -15
 
 
+def _every(scale: Scale) -> int:
+    return scale.rounds
+
+
+GROUPS: dict[str, tuple[Callable[[Turn], Iterable[Sample]], Callable[[Scale], int]]] = {
+    **{name: (measure, _every) for name, measure in work.COMPARED.items()},
+    **work.OURS,
+    "ring": (ring.measure, _every),
+    "limits": (limits.measure, _every),
+}
+"""What is measured, and in how many of the rounds."""
+
+
 @click.command()
 @click.option("--scale", "name", type=click.Choice(list(SCALES)), default="full", help="How much work.")
-@click.option("--only", help="Groups to run, separated by commas; see work.py. Default: all.")
+@click.option("--only", help=f"Groups to run, separated by commas: {', '.join(GROUPS)}. Default: all.")
 @click.option("--rounds", type=int, help="How often each side runs each group.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("bench-results"), help="A directory.")
-def main(name: str, only: str | None, rounds: int | None, out: Path) -> None:
+@click.option(
+    "--disk-directory",
+    "disks",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    default=Path.cwd,
+    help="Where images lie that must be on a disk. Default: here.",
+)
+def main(name: str, only: str | None, rounds: int | None, out: Path, disks: Path) -> None:
     """Compare QEMU's replication with ours, and both with the machine's limits."""
     chosen = SCALES[name] if rounds is None else SCALES[name]._replace(rounds=rounds)
     facts = machine.facts() | {"scale": name} | chosen._asdict()
+    groups = set(GROUPS) if only is None else set(only.split(","))
+    if "durable" in groups and space.in_memory(str(disks)):
+        click.echo(
+            f"no group durable: {disks} is in memory; name a directory with --disk-directory", err=True
+        )
+        groups.remove("durable")
     samples = []
-    for sample in run(chosen, None if only is None else set(only.split(","))):
+    for sample in run(chosen, groups, disks):
         samples.append(sample)
         _progress(sample)
     found = report.lines(samples, chosen)
@@ -46,23 +75,23 @@ def main(name: str, only: str | None, rounds: int | None, out: Path) -> None:
     click.echo(f"{out}/results.json, results.md, performance.svg")
 
 
-def run(chosen: Scale, only: set[str] | None = None) -> Iterator[Sample]:
+def run(chosen: Scale, groups: Collection[str], disks: Path) -> Iterator[Sample]:
     """Every measurement, as it is made."""
-    for turn in range(chosen.rounds):
-        for group, measure in work.COMPARED.items():
-            # Who goes first changes, so that neither always finds the machine warm.
-            for side in ("QEMU", "ours") if turn % 2 == 0 else ("ours", "QEMU"):
-                if only is None or group in only:
-                    with images.directory() as directory:
-                        yield from measure(side, directory, chosen, turn)
-        for group, (measure, times) in work.OURS.items():
-            if (only is None or group in only) and turn < times(chosen):
-                with images.directory() as directory:
-                    yield from measure("ours", directory, chosen, turn)
-        for group, alone in (("ring", ring.measure), ("limits", limits.measure)):
-            if only is None or group in only:
-                with images.directory() as directory:
-                    yield from alone(directory, chosen)
+    with images.directory() as root, Memory() as memory:
+        (root / images.STOCK).mkdir()
+        for number in range(chosen.rounds):
+            for name, (measure, times) in GROUPS.items():
+                if name in groups and number < times(chosen):
+                    for side in _order(name, number):
+                        with images.directory(root) as directory:
+                            yield from measure(Turn(side, directory, disks, chosen, number, memory))
+
+
+def _order(group: str, number: int) -> tuple[str, ...]:
+    """Who runs a group. Who goes first changes, so that neither always finds the machine warm."""
+    if group not in work.COMPARED:
+        return ("ours",)
+    return ("QEMU", "ours") if number % 2 == 0 else ("ours", "QEMU")
 
 
 def _progress(sample: Sample) -> None:

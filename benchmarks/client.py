@@ -45,6 +45,13 @@ def requests(command: int, block: int, count: int, span: int, seed: int) -> list
     return [_REQUEST.pack(_MAGIC, 0, command, number, at * block, block) for number, at in enumerate(blocks)]
 
 
+def check(replies: bytes | bytearray, count: int, reply: int = REPLY) -> None:
+    """Raises OSError if one of the first `count` replies, `reply` bytes each, says that its request failed."""
+    for at in range(0, count * reply, reply):
+        if not replies.startswith(_GOOD, at):
+            raise OSError(f"a request failed: {replies[at : at + REPLY].hex()}")
+
+
 def run(sock: socket.socket, headers: list[bytes], data: bytes, reply: int, depth: int) -> float:
     """Keep `depth` requests in flight until all have been answered; the seconds. Raises OSError if one failed."""
     count = len(headers)
@@ -62,9 +69,7 @@ def run(sock: socket.socket, headers: list[bytes], data: bytes, reply: int, dept
         if not got:
             raise ConnectionError("the server hung up")
         whole, rest = divmod(in_reply + got, reply)
-        for at in range(0, whole * reply, reply):
-            if not buffer.startswith(_GOOD, at):
-                raise OSError(f"a request failed: {buffer[at : at + REPLY].hex()}")
+        check(buffer, whole, reply)
         buffer[:rest] = buffer[whole * reply : whole * reply + rest]
         in_reply = rest
         ended += whole

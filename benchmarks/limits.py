@@ -1,77 +1,184 @@
-"""What the machine can do: bare loops of the same reads, writes and copies, with no protocol and no program around."""
+"""What the machine can do: bare loops of the same reads, writes and copies, with no protocol and no program around.
+
+Each work is done in every way that the kernel offers for it, and the fastest
+is its limit. The files have their pages already, as overlays have whose space
+serves again.
+"""
 
 from __future__ import annotations
 
+import mmap
 import os
 import random
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from benchmarks import images
 from benchmarks.rows import ROWS, Sample
-from benchmarks.scale import Scale
+from benchmarks.turn import Turn
 from tcmu_replication.units import KiB, MiB
 
 SIDE = "limit"
-Step = tuple[Callable[[int, Sequence[memoryview], int], int], int]
-"""os.preadv or os.pwritev, and the descriptor."""
+Step = Callable[[int], object]
+"""Do one offset's part of the work."""
 
 
-def measure(directory: Path, scale: Scale) -> list[Sample]:
-    """A sample for each row that has a limit."""
-    disk = os.open(images.full(directory / "disk", scale.disk), os.O_RDWR)
-    other = os.open(images.full(directory / "other", scale.disk), os.O_RDWR)
-    fds = [disk, other]
+class _Images:
+    """Three images that are in memory: the disk, an overlay, and another disk."""
 
-    def fresh() -> int:
-        fds.append(os.open(directory / "fresh", os.O_RDWR | os.O_CREAT | os.O_TRUNC))
-        os.truncate(fds[-1], scale.disk)
-        return fds[-1]
-
-    read, write = os.preadv, os.pwritev
-    some = random.Random(1).sample(range(0, scale.disk, 4 * KiB), scale.random // (4 * KiB))
-    every = range(0, scale.sequential, MiB)
-    found = {}
-    try:
-        hidden = fresh()
-        found["forwarded-4k-first"] = _per_s([(read, disk), (write, hidden), (write, disk)], some, 4 * KiB)
-        found["forwarded-4k-saved"] = _per_s([(write, disk)], some, 4 * KiB)
-        found["lun-4k-read"] = _per_s([(read, disk)], some, 4 * KiB)
-        found["lun-4k-write"] = _per_s([(write, fresh())], some, 4 * KiB)
-        hidden = fresh()
-        found["primary-4k"] = _per_s(
-            [(write, other), (read, disk), (write, hidden), (write, disk)], some, 4 * KiB
+    def __init__(self, directory: Path, length: int, stack: ExitStack) -> None:
+        self.disk, self.overlay, self.other = (
+            self._open(directory / name, length, stack) for name in ("disk", "overlay", "other")
         )
-        found["forwarded-1m-first"] = _per_s([(read, disk), (write, fresh()), (write, disk)], every, MiB)
-        found["lun-1m-write"] = _per_s([(write, fresh())], every, MiB)
-        found["lun-1m-read"] = found["commit"] = _per_s([(read, disk)], every, MiB)
-        found["commit"] = _per_s([(read, other), (write, disk)], every, MiB)
-        for kind, step in (("write", write), ("read", read)):
-            found[f"ring-4k-{kind}"] = _per_s([(step, disk)], some, 4 * KiB)
-            found[f"ring-256k-{kind}"] = _per_s(
-                [(step, disk)], range(0, scale.sequential, 256 * KiB), 256 * KiB
-            )
-    finally:
-        for fd in fds:
-            os.close(fd)
-    manifest_ms = _replace_file_ms(directory)
+        mapping = mmap.mmap(self.disk, length, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=mmap.PROT_READ)
+        stack.callback(mapping.close)
+        self.mapped = stack.enter_context(memoryview(mapping))
+
+    def _open(self, path: Path, length: int, stack: ExitStack) -> int:
+        fd = os.open(images.full(path, length), os.O_RDWR)
+        stack.callback(os.close, fd)
+        return fd
+
+
+def measure(turn: Turn) -> Iterator[Sample]:
+    """A sample for each row that has a limit, and for each way to do its work that is slower."""
+    scale = turn.scale
+    some = random.Random(1).sample(range(0, scale.disk, 4 * KiB), scale.random // (4 * KiB))
+    every, middle = range(0, scale.sequential, MiB), range(0, scale.sequential, 256 * KiB)
+    with ExitStack() as stack:
+        files = _Images(turn.directory, scale.disk, stack)
+        small, large = _steps(files, 4 * KiB), _steps(files, MiB)
+        for row, ways, offsets, threads in (
+            ("forwarded-4k-first", small["first"], some, (1,)),
+            ("forwarded-4k-saved", small["write"], some, (1,)),
+            ("forwarded-1m-first", large["first"], every, (1, 2)),
+            ("lun-4k-write", small["write"], some, (1,)),
+            ("lun-4k-read", small["read"], some, (1,)),
+            ("lun-1m-write", large["write"], every, (1, 2)),
+            ("lun-1m-read", large["read"], every, (1, 2)),
+            ("commit", large["copy"], every, (1, 2)),
+            ("primary-4k", small["mirrored"], some, (1,)),
+            ("ring-4k-write", small["write"], some, (1,)),
+            ("ring-4k-read", small["read"], some, (1,)),
+            ("ring-256k-write", _steps(files, 256 * KiB)["write"], middle, (1,)),
+            ("ring-256k-read", _steps(files, 256 * KiB)["read"], middle, (1,)),
+        ):
+            yield from _fastest(row, ways, offsets, threads)
+    manifest_ms = _replace_file_ms(turn.directory)
     python_ms = _python_ms()
-    found |= {row: manifest_ms for row in ROWS if row.startswith(("pause", "failover"))}
-    found |= {row: python_ms for row in ROWS if row.startswith("start")}
-    return [Sample(row, SIDE, value) for row, value in found.items()]
+    for row in ROWS:
+        if row.startswith(("pause", "failover")):
+            yield Sample(row, SIDE, manifest_ms)
+        elif row.startswith("start"):
+            yield Sample(row, SIDE, python_ms)
 
 
-def _per_s(steps: Sequence[Step], offsets: Sequence[int], length: int) -> float:
-    """How many offsets a second get all steps."""
-    buffers = [memoryview(bytearray(b"x" * length))]
+def synced(directory: Path, length: int, total: int, batch: int) -> dict[str, float]:
+    """First touches a second of a disk in `directory`: "on" with two syncs for each batch, "off" without.
+
+    One loop is what a durable secondary must do: save a batch, sync, overwrite it, sync.
+    """
+    offsets = random.Random(1).sample(range(0, length, 4 * KiB), total // (4 * KiB))
+    buffers = [memoryview(bytearray(b"x" * 4 * KiB))]
+    found = {}
+    with ExitStack() as stack:
+        files = _Images(directory, length, stack)
+        os.sync()
+        for name, sync in (("off", lambda fd: None), ("on", os.fdatasync)):
+            began = time.perf_counter()
+            for start in range(0, len(offsets), batch):
+                some = offsets[start : start + batch]
+                for offset in some:
+                    os.preadv(files.disk, buffers, offset)
+                    os.pwritev(files.overlay, buffers, offset)
+                sync(files.overlay)
+                for offset in some:
+                    os.pwritev(files.disk, buffers, offset)
+                sync(files.disk)
+            found[name] = len(offsets) / (time.perf_counter() - began)
+    return found
+
+
+def _steps(files: _Images, length: int) -> dict[str, dict[str, Callable[[], Step]]]:
+    """By the work, its ways by name: what makes a step with a buffer of its own."""
+    disk, overlay, other, mapped = files.disk, files.overlay, files.other, files.mapped
+    read, write, copy = os.preadv, os.pwritev, os.copy_file_range
+
+    def steps(*calls: Callable[[list[memoryview], int], object]) -> Callable[[], Step]:
+        def make() -> Step:
+            buffers = [memoryview(bytearray(b"x" * length))]
+
+            def step(offset: int) -> None:
+                for call in calls:
+                    call(buffers, offset)
+
+            return step
+
+        return make
+
+    def reads(fd: int) -> Callable[[list[memoryview], int], object]:
+        return lambda buffers, offset: read(fd, buffers, offset)
+
+    def writes(fd: int) -> Callable[[list[memoryview], int], object]:
+        return lambda buffers, offset: write(fd, buffers, offset)
+
+    def copies(source: int, target: int) -> Callable[[list[memoryview], int], object]:
+        return lambda _, offset: copy(source, target, length, offset, offset)
+
+    def maps(target: int) -> Callable[[list[memoryview], int], object]:
+        return lambda _, offset: write(target, [mapped[offset : offset + length]], offset)
+
+    save = {
+        "read and write": [reads(disk), writes(overlay)],
+        "copy_file_range": [copies(disk, overlay)],
+        "write of a mapping": [maps(overlay)],
+    }
+    return {
+        "read": {"read": steps(reads(disk))},
+        "write": {"write": steps(writes(overlay))},
+        "copy": {way: steps(*calls) for way, calls in save.items()},
+        "first": {way: steps(*calls, writes(disk)) for way, calls in save.items()},
+        "mirrored": {way: steps(writes(other), *calls, writes(disk)) for way, calls in save.items()},
+    }
+
+
+def _fastest(
+    row: str, ways: Mapping[str, Callable[[], Step]], offsets: Sequence[int], threads: Sequence[int]
+) -> Iterator[Sample]:
+    found = {
+        f"{way}, {count} thread{'s' * (count > 1)}": _per_s(make, offsets, count)
+        for way, make in ways.items()
+        for count in threads
+    }
+    yield Sample(row, SIDE, max(found.values()))
+    if len(found) > 1:
+        for name, per_s in found.items():
+            yield Sample(row, f"{SIDE}: {name}", per_s)
+
+
+def _per_s(make: Callable[[], Step], offsets: Sequence[int], threads: int) -> float:
+    """How many offsets a second get their step; each thread takes a part of its own."""
+    share = -(-len(offsets) // threads)
+    workers = [
+        threading.Thread(target=_each, args=(make(), offsets[start : start + share]))
+        for start in range(0, len(offsets), share)
+    ]
     began = time.perf_counter()
-    for offset in offsets:
-        for call, fd in steps:
-            call(fd, buffers, offset)
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
     return len(offsets) / (time.perf_counter() - began)
+
+
+def _each(step: Step, offsets: Sequence[int]) -> None:
+    for offset in offsets:
+        step(offset)
 
 
 def _replace_file_ms(directory: Path) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,6 +59,9 @@ def lean(uri: str, load: Load, pids: Sequence[int]) -> Figures:
     used = machine.cpu_of(pids) - before
     iops = count / float(said)
     return Figures(iops, iops * load.block / MiB, 1e6 * used / count)
+
+
+Client = Callable[[str, Load, Sequence[int]], Figures]
 
 
 def _run(*command: str) -> str:

@@ -18,10 +18,12 @@ from tcmu_replication.units import format_size
 
 
 class Median(NamedTuple):
-    """Of one side's samples of a row; `cpu_us` is None where it was not measured."""
+    """Of one side's samples of a row, with quartiles and extremes; `cpu_us` is None where it was not measured."""
 
     value: float
     low: float
+    lower: float
+    upper: float
     high: float
     cpu_us: float | None
     count: int
@@ -36,6 +38,8 @@ class Line(NamedTuple):
     limit: Median | None
     ratio: float | None
     of_limit: float | None
+    others: dict[str, Median]
+    """What else was measured beside it, by name: other ways to the limit, the client without a checkpoint."""
 
     @property
     def reached(self) -> bool | None:
@@ -57,18 +61,20 @@ def lines(samples: Iterable[Sample], scale: Scale = FULL) -> dict[str, Line]:
 
 
 def _line(row: Row, sides: dict[str, list[Sample]]) -> Line:
-    qemu, ours, limit = (_median(sides.get(side, ())) for side in ("QEMU", "ours", "limit"))
-    return Line(row, qemu, ours, limit, _ratio(row, ours, qemu), _ratio(row, ours, limit))
+    medians = {side: _median(samples) for side, samples in sides.items()}
+    qemu, ours, limit = (medians.pop(side, None) for side in ("QEMU", "ours", "limit"))
+    return Line(row, qemu, ours, limit, _ratio(row, ours, qemu), _ratio(row, ours, limit), medians)
 
 
-def _median(samples: Sequence[Sample]) -> Median | None:
-    if not samples:
-        return None
+def _median(samples: Sequence[Sample]) -> Median:
     values = [sample.value for sample in samples]
     cpu = [sample.cpu_us for sample in samples if sample.cpu_us is not None]
+    lower, middle, upper = statistics.quantiles(values * (1 + (len(values) == 1)), n=4, method="inclusive")
     return Median(
-        statistics.median(values),
+        middle,
         min(values),
+        lower,
+        upper,
         max(values),
         statistics.median(cpu) if cpu else None,
         len(values),
@@ -79,6 +85,29 @@ def _ratio(row: Row, ours: Median | None, other: Median | None) -> float | None:
     if ours is None or other is None:
         return None
     return ours.value / other.value if row.better == "more" else other.value / ours.value
+
+
+class Compared(NamedTuple):
+    """Two rows of ours: `same` if their medians lie closer than the quartiles of the wider one do."""
+
+    same: bool
+    sentence: str
+
+
+def same_pause(found: dict[str, Line]) -> Compared | None:
+    """Whether a checkpoint's pause depends on how much was changed; None if that was not measured."""
+    pair = [found[name] for name in ("pause-small", "pause-large") if name in found]
+    few, many = (line.ours for line in pair) if len(pair) == 2 else (None, None)
+    if few is None or many is None:
+        return None
+    noise = max(few.upper - few.lower, many.upper - many.lower)
+    same = abs(few.value - many.value) < noise
+    spread = " against ".join(
+        f"{side.value:.2f} ms (quartiles {side.lower:.2f} and {side.upper:.2f}, "
+        f"{side.low:.2f} to {side.high:.2f} in {side.count})"
+        for side in (few, many)
+    )
+    return Compared(same, f"pause after few and many changes: {'the same' if same else 'differs'}: {spread}")
 
 
 HEAD = ("work", "unit", "QEMU", "ours", "ratio", "target", "QEMU µs CPU", "ours µs CPU", "limit", "of limit")
@@ -114,7 +143,10 @@ def show(found: dict[str, Line]) -> None:
     for line in found.values():
         style = {True: "green", False: "red", None: None}[line.reached]
         table.add_row(*cells(line), style=style)
-    Console(width=150).print(table)
+    console = Console(width=150)
+    console.print(table)
+    if (compared := same_pause(found)) is not None:
+        console.print(compared.sentence)
 
 
 def markdown(found: dict[str, Line]) -> str:
@@ -125,12 +157,15 @@ def markdown(found: dict[str, Line]) -> str:
 
 def save(path: Path, facts: dict[str, Any], found: dict[str, Line], samples: Sequence[Sample]) -> None:
     """Everything, for machines."""
+    compared = same_pause(found)
     document = {
         "machine": facts,
+        "same_pause": None if compared is None else compared._asdict(),
         "rows": {name: line._asdict() | {"row": line.row._asdict()} for name, line in found.items()},
         "samples": [sample._asdict() for sample in samples],
     }
     for row in document["rows"].values():
         for side in ("qemu", "ours", "limit"):
             row[side] = None if row[side] is None else row[side]._asdict()
+        row["others"] = {name: other._asdict() for name, other in row["others"].items()}
     path.write_text(json.dumps(document, indent=1) + "\n")

@@ -15,6 +15,7 @@ from pathlib import Path
 from benchmarks import images
 from benchmarks.rows import Sample
 from benchmarks.scale import Scale
+from benchmarks.turn import Turn
 from tcmu_replication.block.file import File
 from tcmu_replication.block.gate import Gate
 from tcmu_replication.block.offload import Offload
@@ -31,10 +32,10 @@ _OPCODE = {"read": 0x28, "write": 0x2A}
 """READ (10) and WRITE (10) (SBC-4)."""
 
 
-def measure(directory: Path, scale: Scale) -> list[Sample]:
+def measure(turn: Turn) -> list[Sample]:
     """Commands a second and CPU per command of each kind."""
-    images.full(directory / "disk", scale.disk)
-    return asyncio.run(_measure(directory / "disk", scale))
+    disk = images.full(turn.directory / "disk", turn.scale.disk)
+    return asyncio.run(_measure(disk, turn.scale))
 
 
 async def _measure(path: Path, scale: Scale) -> list[Sample]:

@@ -33,6 +33,8 @@ ROWS: dict[str, Row] = {
     "primary-4k": Row("primary, 4 KiB random writes through mirror and filter", "IOPS", target=3),
     "pause-small": Row("checkpoint pause after {small} of changes, under load", "ms", "less"),
     "pause-large": Row("checkpoint pause after {large} of changes, under load", "ms", "less"),
+    "durable-on": Row("forwarded 4 KiB random writes on a disk, first touch, durable = true", "IOPS"),
+    "durable-off": Row("the same with durable = false", "IOPS"),
     "start-small": Row("worker start with a 1 GiB disk", "ms", "less"),
     "start-large": Row("worker start with a 16 TiB sparse disk", "ms", "less"),
     "memory-small": Row("its memory with a 1 GiB disk", "MiB", "less"),
@@ -42,7 +44,7 @@ ROWS: dict[str, Row] = {
     "ring-256k-write": Row("ring, 256 KiB writes", "commands/s"),
     "ring-256k-read": Row("ring, 256 KiB reads", "commands/s"),
 }
-"""By the name that the JSON and `--only` use. QEMU has no counterpart of the last ten."""
+"""By the name that the JSON and `--only` use. QEMU has no counterpart of the last twelve."""
 
 
 class Sample(NamedTuple):

@@ -49,7 +49,8 @@ class Ours:
         self.lun = f"nbd+unix:///{NAME}?socket={path}"
         self.lun_address = str(path), NAME
         began = time.monotonic()
-        with (pair.directory / f"{host}.log").open("ab") as log:
+        self._log = pair.directory / f"{host}.log"
+        with self._log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "tcmu_replication", "--config", str(pair.directory / f"etc-{host}"),
                  "--run", str(self._run), "--host", host, "serve", NAME],
@@ -77,7 +78,9 @@ class Ours:
             except OSError:
                 sock.close()
                 if self.process.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError(f"our worker does not answer at {path}; see its log") from None
+                    raise RuntimeError(
+                        f"our worker does not answer: {self._log.read_text()[-2000:]}"
+                    ) from None
                 time.sleep(0.002)
 
     def start(self) -> None:
@@ -92,10 +95,9 @@ class Ours:
 
     def wait_committed(self) -> None:
         """Wait for the end of the commit."""
-        while (status := self.qmp.execute("query-status"))["stage"] == "failover":
-            time.sleep(0.002)
-        if status["stage"] != "done":
-            raise RuntimeError(f"our commit ended in stage {status['stage']}: {status['error']}")
+        ended = self.qmp.wait_event("BLOCK_JOB_COMPLETED", type="commit")
+        if "error" in ended:
+            raise RuntimeError(f"our commit failed: {ended['error']}")
 
     def close(self) -> None:
         self.process.send_signal(signal.SIGTERM)
@@ -107,25 +109,29 @@ class Ours:
 
 
 class OurPair:
-    """A resource on two hosts of the loopback. The hosts are started when they are asked for."""
+    """A resource on two hosts of the loopback. The hosts are started when they are asked for.
+
+    Disks and overlays lie in `disks`, everything else (and they too, if that is None) in `directory`.
+    """
 
     ADDRESS = {"alpha": "127.0.0.1", "beta": "127.0.0.2"}
     MODE = {"alpha": "primary", "beta": "secondary"}
 
-    def __init__(self, directory: Path, length: int, durable: bool) -> None:
+    def __init__(self, directory: Path, length: int, durable: bool, disks: Path | None = None) -> None:
         self.directory = directory
+        self.disks = disks or directory
         self.length = length
         self.durable = durable
         self.port, self._control_port = free_port(), free_port()
         for host in self.ADDRESS:
             (directory / f"etc-{host}").mkdir()
-            (directory / f"overlays-{host}").mkdir()
+            (self.disks / f"overlays-{host}").mkdir()
             (directory / f"etc-{host}" / f"{NAME}.toml").write_text(self._resource(host))
 
     def _resource(self, here: str) -> str:
         hosts = "".join(
             f'[host.{host}]\nmode = "{self.MODE[host]}"\naddress = "{address}"\n'
-            f'disk = "{self.directory}/{host}.img"\noverlays = "{self.directory}/overlays-{host}"\n'
+            f'disk = "{self.disks}/{host}.img"\noverlays = "{self.disks}/overlays-{host}"\n'
             for host, address in self.ADDRESS.items()
         )
         return (
@@ -137,12 +143,13 @@ class OurPair:
 
 @contextlib.contextmanager
 def our_secondary(
-    directory: Path, length: int, *, tcp: bool, durable: bool = True, filled: bool = True
+    directory: Path, length: int, *, tcp: bool, durable: bool = True, disks: Path | None = None
 ) -> Iterator[Ours]:
     """Our secondary, started."""
-    (images.full if filled else images.sparse)(directory / "beta.img", length)
-    images.sparse(directory / "alpha.img", length)
-    host = Ours(OurPair(directory, length, durable), "beta")
+    pair = OurPair(directory, length, durable, disks)
+    images.full(pair.disks / "beta.img", length)
+    images.sparse(pair.disks / "alpha.img", length)
+    host = Ours(pair, "beta")
     try:
         host.start()
         yield host
@@ -175,6 +182,10 @@ class OurPrimary(Ours):
     def __init__(self, pair: OurPair, secondary: Ours) -> None:
         super().__init__(pair, "alpha")
         self._secondary = secondary
+
+    def start(self) -> None:
+        """Without a look at the disks: QEMU does not look either, and they differ if they served before."""
+        self.qmp.execute("start", assume_clean=True)
 
     @property
     def pids(self) -> list[int]:

@@ -5,9 +5,11 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import picture, report
+from benchmarks import images, picture, report, work
 from benchmarks.__main__ import main
+from benchmarks.memory import CHUNK, Memory
 from benchmarks.rows import ROWS, Sample
+from tcmu_replication.units import MiB
 from tests.support.tools import requires
 
 pytestmark = pytest.mark.interop
@@ -15,13 +17,18 @@ pytestmark = pytest.mark.interop
 
 @requires("fio", "qemu-system-x86_64", "qemu-img")
 def test_benchmarks_of_little_work(tmp_path):
-    arguments = ["--scale", "tiny", "--only", "forwarded,failover,start,ring,limits", "--out", str(tmp_path)]
+    groups = "forwarded,failover,pause-by-changes,durable,start,ring,limits"
+    arguments = ["--scale", "tiny", "--only", groups, "--out", str(tmp_path)]
     result = CliRunner().invoke(main, arguments, catch_exceptions=False)
     assert result.exit_code == 0
     found = json.loads((tmp_path / "results.json").read_text())
     assert found["rows"]["forwarded-4k-first"]["ratio"] > 0
     assert found["rows"]["commit"]["qemu"]["count"] == found["rows"]["commit"]["ours"]["count"] == 1
     assert {name for name in ROWS if name.startswith(("start", "memory", "ring"))} <= found["rows"].keys()
+    assert found["rows"]["pause-small"]["others"]["ours, no checkpoint"]["count"] == work.PAUSES
+    assert found["same_pause"]["same"] in (True, False)
+    ways = {name: way["value"] for name, way in found["rows"]["commit"]["others"].items()}
+    assert found["rows"]["commit"]["limit"]["value"] == max(ways.values())
     assert found["machine"]["qemu"].startswith("QEMU")
     assert (tmp_path / "performance.svg").read_text().startswith("<svg")
 
@@ -35,6 +42,53 @@ def test_ratios_above_one_are_in_our_favour():
     assert (found["pause"].ratio, found["pause"].reached) == (15.0, False)
     assert (found["commit"].ratio, found["commit"].of_limit, found["commit"].reached) == (3.0, 0.5, True)
     assert "15.0x" in report.markdown(found)
+
+
+@pytest.mark.parametrize(("many", "same"), [((1.1, 1.5, 1.9), True), ((2.1, 2.4, 2.8), False)])
+def test_pauses_are_the_same_if_their_medians_lie_within_the_quartiles(many, same):
+    samples = [Sample("pause-small", "ours", value) for value in (1.0, 1.2, 1.7)]
+    samples += [Sample("pause-large", "ours", value) for value in many]
+    compared = report.same_pause(report.lines(samples))
+    assert compared is not None
+    assert compared.same is same
+    assert report.same_pause(report.lines(samples[:3])) is None
+
+
+def test_durable_is_left_out_where_all_is_in_memory(tmp_path):
+    arguments = [
+        "--scale",
+        "tiny",
+        "--only",
+        "durable",
+        "--disk-directory",
+        "/dev/shm",
+        "--out",
+        str(tmp_path),
+    ]
+    result = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    assert "--disk-directory" in result.output
+    assert json.loads((tmp_path / "results.json").read_text())["rows"] == {}
+
+
+def test_memory_that_is_lent_is_taken_back():
+    with Memory() as memory:
+        memory.hold(2 * CHUNK)
+        with memory.lent(CHUNK):
+            assert memory.held == CHUNK
+        assert memory.held <= 2 * CHUNK
+    assert memory.held == 0
+
+
+def test_images_serve_again_once_nobody_holds_them(tmp_path):
+    (tmp_path / images.STOCK).mkdir()
+    with images.directory(tmp_path) as one, images.directory(tmp_path) as two:
+        first = images.full(one / "disk", MiB).stat().st_ino
+        assert images.full(two / "disk", MiB).stat().st_ino != first
+    with images.directory(tmp_path) as one:
+        images.full(one / "larger", 2 * MiB)
+        images.full(one / "disk", MiB)
+        assert images.full(one / "other", MiB).read_bytes().count(0) < MiB // 2
+    assert len(list((tmp_path / images.STOCK).iterdir())) == 3
 
 
 def test_picture_leaves_out_what_has_no_ratio(tmp_path):
