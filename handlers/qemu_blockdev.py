@@ -7,8 +7,6 @@ at start, when the secondary lets it in, so blockdev-add itself makes none.
 
 from __future__ import annotations
 
-import asyncio
-import socket
 from typing import NoReturn
 
 from msgspec import UNSET
@@ -21,6 +19,7 @@ from tcmu_replication.control.session import Session
 from tcmu_replication.daemon.config import Resource
 from tcmu_replication.errors import Error, Kind
 
+from .qemu_address import addresses
 from .qemu_graph import WELL_FORMED, Graph
 from .qemu_replica import NamedReplica, Names
 
@@ -135,7 +134,7 @@ class Blockdev:
         if isinstance(server, schema.UnixServer):
             same = server.path == link.socket
         elif link.socket is None:
-            same = server.port == str(link.port) and theirs.address in await _addresses(server.host)
+            same = server.port == str(link.port) and theirs.address in await _known(server.host)
         else:
             same = False
         where = f"{theirs.address} port {link.port}" if link.socket is None else link.socket
@@ -196,10 +195,9 @@ class Blockdev:
         return [] if names is None else [schema.YankBlockNode(node_name=names.remote)]
 
 
-async def _addresses(host: str) -> set[str]:
-    """The addresses that a host's name has; none if it is not known."""
+async def _known(host: str) -> list[str]:
+    """The addresses that a host's name has, if any."""
     try:
-        found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except OSError:
-        return set()
-    return {str(address[0]) for *_, address in found}
+        return await addresses(host)
+    except Error:
+        return []

@@ -1,4 +1,7 @@
-"""QEMU's exports: an NBD server that a controller starts and fills over QMP, beside the resource's own.
+"""QEMU's exports: an NBD server that a controller starts and fills over QMP.
+
+It is one beside the resource's own, or on a secondary that one, if it is
+started where that listens (link_server.py).
 
 What can be exported, by QEMU's rules and in its words:
 
@@ -13,7 +16,7 @@ They last as long as the worker, as in QEMU.
 
 from __future__ import annotations
 
-import errno
+import asyncio
 from collections.abc import Callable
 
 from msgspec import UNSET
@@ -33,6 +36,8 @@ from tcmu_replication.replication.secondary import Secondary
 from tcmu_replication.replication.stages import Stage
 from tcmu_replication.tls import Context
 
+from .link_server import LinkServer
+from .qemu_address import listening
 from .qemu_graph import WELL_FORMED, Graph
 
 Emit = Callable[[str, Document], None]
@@ -55,7 +60,10 @@ class Device(Node):
 
 
 class Exports:
-    """The commands of exports. `tls` makes the context for a TCP server, None where there is no TLS."""
+    """The commands of exports. `tls` makes the context for a TCP server, None where there is no TLS.
+
+    `own` is the secondary's server for its primary.
+    """
 
     def __init__(
         self,
@@ -64,15 +72,18 @@ class Exports:
         graph: Graph,
         emit: Emit,
         tls: Callable[[], Context | None],
+        own: LinkServer | None,
     ) -> None:
         self._engine = engine
         self._graph = graph
         self._emit = emit
         self._tls = tls
+        self._own = own
         self._reader = Gate(disk)
         self._switch = Device(disk)
         self._device = Gate(self._switch)
         self._server: Server | None = None
+        self._starting = asyncio.Lock()
         self._exports: dict[str, tuple[Export, str]] = {}
         self.commands: dict[str, Handler] = {
             "nbd-server-start": self._start,
@@ -110,29 +121,45 @@ class Exports:
         for id in list(self._exports):
             await self._end(id)
         server, self._server = self._server, None
-        if server is not None:
+        if self._own is not None and server is self._own.server:
+            await self._own.shut()
+        elif server is not None:
             await server.close()
 
     # --- commands
 
     async def _start(self, arguments: schema.NbdServerStart, session: Session) -> None:
-        if self._server is not None:
-            raise Error(Kind.CONFLICT, "NBD server already running")
-        addr = arguments.addr
-        inet = isinstance(addr, schema.Inet)
+        async with self._starting:
+            if self._server is not None:
+                raise Error(Kind.CONFLICT, "NBD server already running")
+            self._server = await self._started(arguments)
+
+    async def _started(self, arguments: schema.NbdServerStart) -> Server:
+        tls = self._context(arguments)
+        own = self._own
+        if own is not None and await own.is_at(arguments.addr):
+            own.open()
+            return own.server
         # QEMU: 0 is no limit
-        server = Server(
-            tls=self._tls() if inet else None, max_connections=arguments.max_connections or (1 << 32)
-        )
-        self._server = server
-        try:
-            if isinstance(addr, schema.Inet):
-                await server.listen_tcp(addr.data.host, _port(addr.data))
-            else:
-                await server.listen_unix(addr.data.path)
-        except Error as error:
-            self._server = None
-            raise _bind_error(error, addr) from error
+        limit = arguments.max_connections or (1 << 32)
+        return await listening(lambda: Server(tls=tls, max_connections=limit), arguments.addr)
+
+    def _context(self, arguments: schema.NbdServerStart) -> Context | None:
+        """The TLS that a server gets: what the resource file says, under whatever id. Raises `Error`."""
+        creds = arguments.tls_creds
+        wanted = creds is not UNSET or isinstance(arguments.addr, schema.Inet)
+        tls = self._tls() if wanted else None
+        if tls is None and creds is not UNSET:
+            raise Error(
+                Kind.NOT_FOUND, f"No TLS credentials with id '{creds}': the resource file has no [tls]"
+            )
+        if arguments.tls_authz is not UNSET and (tls is None or self._own is None):
+            raise Error(
+                Kind.UNSUPPORTED,
+                "tls-authz is not understood here: only on a secondary with [tls] certificates say who may "
+                "connect, and there it is the primary alone",
+            )
+        return tls
 
     async def _stop(self, arguments: Nothing, session: Session) -> None:
         if self._server is None:
@@ -144,6 +171,8 @@ class Exports:
         node = self._graph.find(arguments.device)
         name = arguments.device if arguments.name is UNSET else arguments.name
         writable = arguments.writable and not node.read_only
+        if arguments.bitmap is not UNSET:
+            raise Error(Kind.NOT_FOUND, f"Bitmap '{arguments.bitmap}' is not found")
         self._export(name, arguments.device, name, arguments.description, writable)
 
     async def _add(self, arguments: schema.BlockExportAdd, session: Session) -> None:
@@ -165,7 +194,10 @@ class Exports:
         node, node_name = self._choose(what, writable)
         if self._server is None:
             raise Error(Kind.INVALID_STATE, "NBD server not running")
-        if name in self._server.exports:
+        own = self._own
+        # While nothing is forwarded its name must stay free too: the primary would write to what has it.
+        taken = own is not None and own.server is self._server and own.name == name
+        if taken or name in self._server.exports:
             raise Error(Kind.CONFLICT, f"NBD server already has export named '{name}'")
         export = Export(
             name,
@@ -232,27 +264,6 @@ class Exports:
         if export.node is not self._device:
             return node
         return "disk" if self._switch.to is self._reader.child else "copy-before-write"
-
-
-def _port(address: schema.InetSocketAddress) -> int:
-    if not address.port.isascii() or not address.port.isdigit() or int(address.port) > 0xFFFF:
-        raise Error(
-            Kind.BAD_REQUEST,
-            f"address resolution failed for {address.host}:{address.port}: the port must be a number up to 65535",
-        )
-    return int(address.port)
-
-
-def _bind_error(error: Error, addr: schema.Inet | schema.Unix) -> Error:
-    """QEMU's words for a socket that could not be bound (util/qemu-sockets.c)."""
-    cause = error.__cause__
-    if not isinstance(cause, OSError) or not cause.strerror:
-        return error
-    if isinstance(addr, schema.Unix):
-        return Error(error.kind, f"Failed to bind socket to {addr.data.path}: {cause.strerror}")
-    if cause.errno == errno.EADDRINUSE:
-        return Error(error.kind, f"Failed to find an available port: {cause.strerror}")
-    return Error(error.kind, f"Failed to bind socket: {cause.strerror}")
 
 
 def _conflict(by: str) -> Error:

@@ -50,6 +50,7 @@ from tcmu_replication.replication.secondary import Secondary
 from tcmu_replication.replication.stages import Mode, Stage
 from tcmu_replication.tls import Context as Tls
 
+from .link_server import LinkServer
 from .qemu_blockdev import Blockdev
 from .qemu_exports import Exports
 from .qemu_graph import Graph
@@ -118,7 +119,9 @@ class PairBackstore(Backstore):
         disk: File,
         offload: Offload,
         engine: Primary | Secondary,
+        *,
         connect: Callable[[], Remote] | None = None,
+        link_server: LinkServer | None = None,
     ) -> None:
         self.resource = resource
         self.host = host
@@ -139,7 +142,7 @@ class PairBackstore(Backstore):
         self._graph = Graph(resource.name, engine, disk, replica)
         blockdev = Blockdev(resource, host, self._graph, replica)
         self._qmp_jobs = Jobs(resource.name, engine, self._emit)
-        self._qmp_exports = Exports(engine, disk, self._graph, self._emit, self._qmp_tls)
+        self._qmp_exports = Exports(engine, disk, self._graph, self._emit, self._qmp_tls, link_server)
         commands |= self._graph.commands | self._qmp_jobs.commands | self._qmp_exports.commands
         commands |= blockdev.commands | Human(blockdev).commands
         super().__init__(engine.top, resource.block_size, commands, resource.serial)
@@ -415,10 +418,11 @@ class SecondaryBackstore(PairBackstore):
         allowed = ipaddress.ip_address(self._theirs.address)
         names = self._peer_name, self._theirs.address
         self._control_tls = self._tls(*names, server_side=True, refused=self._refused)
-        self._server = NbdServer(
+        server = NbdServer(
             allow=lambda address: ipaddress.ip_address(address) == allowed,
             tls=self._tls(*names, server_side=True),
         )
+        self._server = LinkServer(resource.name, mine.address, resource.link, server)
         engine = Secondary(
             resource.name,
             disk,
@@ -430,7 +434,7 @@ class SecondaryBackstore(PairBackstore):
             withdraw=self._withdraw,
             stage_changed=self._tell_stage,
         )
-        super().__init__(resource, host, disk, offload, engine)
+        super().__init__(resource, host, disk, offload, engine, link_server=self._server)
         self.commands |= {
             "peer-hello": self._peer_hello,
             "peer-prepare": self._peer_prepare,
@@ -438,12 +442,11 @@ class SecondaryBackstore(PairBackstore):
         }
 
     async def _publish(self, node: Node) -> None:
-        self._server.add(Export(self.resource.name, node, "forwarded writes", exclusive=True))
+        self._server.publish(node)
         await self._qmp_exports.publish(node)
 
     async def _withdraw(self) -> None:
-        if self.resource.name in self._server.exports:
-            await self._server.remove(self.resource.name, hard=True)
+        await self._server.withdraw()
         await self._qmp_exports.withdraw()
 
     def _qmp_tls(self) -> Tls | None:
@@ -453,14 +456,10 @@ class SecondaryBackstore(PairBackstore):
     async def listen(self, control: ControlServer) -> None:
         """See `Backstore.listen`: the two ports for the primary."""
         await super().listen(control)
-        link = self.resource.link
-        if link.socket is None:
-            await self._server.listen_tcp(self._mine.address, link.port)
-        else:
-            await self._server.listen_unix(link.socket)
+        await self._server.listen()
         if not self._theirs.qemu:
             await control.listen_tcp(
-                self._mine.address, link.control_port, self._theirs.address, self._control_tls
+                self._mine.address, self.resource.link.control_port, self._theirs.address, self._control_tls
             )
 
     def _refused(self, why: str) -> None:
@@ -468,12 +467,13 @@ class SecondaryBackstore(PairBackstore):
 
     async def close(self) -> None:
         """See `Backstore.close`."""
-        await self._server.close()
+        await self._qmp_exports.close()  # some may be on the server that goes next
+        await self._server.server.close()
         await super().close()
 
     def _link(self) -> schema.Link:
         running = self.engine.stage is Stage.RUNNING
-        connected = running and self._server.connections > 0
+        connected = running and self._server.server.connections > 0
         return schema.Link(
             state="connected" if connected else "listening" if running else "none",
             peer=self._peer_name,

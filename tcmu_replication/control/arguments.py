@@ -2,8 +2,8 @@
 
 Source: QEMU's qapi/qobject-input-visitor.c and qapi/qapi-visit-core.c (7.2): the
 members in the schema's order, then what is unexpected. Two of its habits are
-kept: an enumeration's error names the member without its path, and a list's
-element has no name there ("null").
+kept: an error of an enumeration or a short integer names the member without its
+path, and a list's element has no name there ("null").
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ _TYPES: dict[type[inspect.Type], tuple[Any, str]] = {
 }
 """What Python's JSON reader makes of a type, and what QEMU calls it."""
 
-_UINT32_MAX = (1 << 32) - 1
+_NARROW = {(1 << 16) - 1: "uint16_t", (1 << 32) - 1: "uint32_t"}
+"""QEMU's integers of less than 64 bits, by the largest; their errors name the member without its path."""
 
 
 def check(arguments: Any, document: type) -> None:
@@ -74,8 +75,9 @@ def _check(value: Any, type: inspect.Type, path: str) -> None:
         last = "null" if path.endswith("]") else path.rpartition(".")[2]
         raise _error(f"Parameter '{last}' does not accept value '{value}'")
     elif isinstance(type, inspect.IntType) and _outside(value, type):
-        width = "uint32_t" if type.le == _UINT32_MAX else "uint64_t"
-        raise _error(f"Parameter '{path}' expects {width}")
+        narrow = _NARROW.get(type.le or 0)
+        last = path.rpartition(".")[2]
+        raise _error(f"Parameter '{last if narrow else path}' expects {narrow or 'uint64_t'}")
 
 
 def _branch(value: Any, union: inspect.UnionType, path: str) -> inspect.StructType:

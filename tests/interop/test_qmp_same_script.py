@@ -19,7 +19,7 @@ import pytest
 from tcmu_replication.units import MiB
 from tests.support import qemu as support
 from tests.support.nbd import Nbd
-from tests.support.processes import Pair
+from tests.support.processes import Pair, free_port
 from tests.support.tools import requires
 
 pytestmark = [pytest.mark.interop, requires(support.PROGRAM, "qemu-img")]
@@ -29,10 +29,14 @@ Step = dict[str, Any] | Callable[["Monitor"], Any]
 
 
 class Monitor:
-    """A QMP connection that keeps whole replies. `directory` is where the script may make a socket."""
+    """A QMP connection that keeps whole replies. `directory` is where the script may make a socket.
 
-    def __init__(self, path: Path, directory: Path) -> None:
+    `port` is where a secondary listens for its primary.
+    """
+
+    def __init__(self, path: Path, directory: Path, port: int = 0) -> None:
         self.directory = directory
+        self.port = port
         self.events: list[str] = []
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.settimeout(support.PATIENCE_S)
@@ -45,7 +49,8 @@ class Monitor:
 
     def say(self, message: dict[str, Any]) -> dict[str, Any]:
         """The reply, without what ours adds to errors and with this program's directory called DIR."""
-        self._socket.sendall(json.dumps(message).replace("DIR", str(self.directory)).encode() + b"\n")
+        text = json.dumps(message).replace("DIR", str(self.directory)).replace("PORT", str(self.port))
+        self._socket.sendall(text.encode() + b"\n")
         while "event" in (reply := json.loads(self._file.readline())):
             self.events.append(reply["event"])
         reply.get("error", {}).pop("data", None)
@@ -54,6 +59,10 @@ class Monitor:
     def nbd(self, export: str) -> Nbd:
         """A connection to one of the exports that the script has made."""
         return Nbd(str(self.directory / "n.sock"), export, timeout=support.PATIENCE_S)
+
+    def link(self, export: str) -> Nbd:
+        """A connection as the primary's, from its address."""
+        return Nbd(("127.0.0.2", self.port), export, timeout=support.PATIENCE_S)
 
     def close(self) -> None:
         """Hang up."""
@@ -74,11 +83,11 @@ def inet(port: Any, **data: Any) -> dict[str, Any]:
     return {"type": "inet", "data": {"host": "127.0.0.1", "port": port, **data}}
 
 
-def write(export: str, offset: int, byte: int) -> Step:
-    """Write 64 KiB of `byte` through an export."""
+def write(export: str, offset: int, byte: int, *, forwarded: bool = False) -> Step:
+    """Write 64 KiB of `byte` through an export; `forwarded`: as the primary does."""
 
     def step(monitor: Monitor) -> None:
-        with monitor.nbd(export) as nbd:
+        with monitor.link(export) if forwarded else monitor.nbd(export) as nbd:
             nbd.write(offset, bytes([byte]) * 65536)
 
     return step
@@ -146,6 +155,15 @@ EXPORTS: list[Step] = [
     execute("nbd-server-start", addr=inet("0"), max_connections=-1),
     execute("nbd-server-start", addr=unix("/nonexistent/n.sock")),
     execute("nbd-server-start", addr={"type": "inet", "data": {"host": "192.0.2.1", "port": "10809"}}),
+    execute("nbd-server-start", addr=inet("0", ipv4=False, ipv6=False)),
+    execute("nbd-server-start", addr=inet("0", ipv4=1)),
+    execute("nbd-server-start", addr=inet("0", to=70000)),
+    execute("nbd-server-start", addr=inet("0", numeric=True, ipv6=False), max_connections=0),
+    execute("nbd-server-stop"),
+    execute(
+        "nbd-server-start", addr={"type": "inet", "data": {"host": "localhost", "port": "0", "ipv4": True}}
+    ),
+    execute("nbd-server-stop"),
     execute("nbd-server-stop"),
     execute("nbd-server-add", device="disk0-disk"),
     execute("nbd-server-remove", name="x"),
@@ -153,6 +171,8 @@ EXPORTS: list[Step] = [
     execute("nbd-server-start", addr=unix()),
     execute("nbd-server-start", addr=unix()),
     execute("nbd-server-add", device="nope"),
+    execute("nbd-server-add", device="disk0", bitmap="b"),
+    execute("nbd-server-add", device="disk0", bitmap=1),
     execute("nbd-server-add", device="disk0-disk", writable=True, description="forwarded writes"),
     execute("nbd-server-add", device="disk0-disk"),
     execute("block-export-add", type="nbd", id="lun", node_name="replication", name="lun", writable=True),
@@ -426,6 +446,33 @@ def replicating(form: str, *, early: bool = True) -> list[Step]:
     ]
 
 
+COLO_SECONDARY: list[Step] = [
+    execute("nbd-server-start", addr={"type": "inet", "data": {"host": "127.0.0.2", "port": "PORT"}}),
+    execute("nbd-server-start", addr={"type": "inet", "data": {"host": "127.0.0.2", "port": "PORT"}}),
+    execute("nbd-server-add", device="disk0-disk", writable=True),
+    execute("nbd-server-add", device="disk0-disk", writable=True),
+    execute("query-block-exports"),
+    write("disk0-disk", 0, 0x11, forwarded=True),
+    execute("xen-set-replication", enable=True, primary=False),
+    write("disk0-disk", 65536, 0x22, forwarded=True),
+    execute("xen-colo-do-checkpoint"),
+    write("disk0-disk", 0, 0x33, forwarded=True),
+    execute("query-xen-replication-status"),
+    execute("nbd-server-stop"),
+    execute("nbd-server-stop"),
+    execute("nbd-server-add", device="disk0-disk", writable=True),
+    execute("query-block-exports"),
+    execute("xen-set-replication", enable=False, primary=False, failover=True),
+    until_clean,
+    execute("nbd-server-start", addr=unix()),
+    execute("nbd-server-add", device="disk0", writable=True),
+    read("disk0", 0),
+    read("disk0", 65536),
+    execute("quit"),
+]
+"""The documents' order: the server and the export, then replication; at a failover the server goes first."""
+
+
 NODES = {"top", "replication", "active", "hidden", "disk"}
 
 
@@ -485,11 +532,13 @@ def qemu_monitor(directory: Path) -> Monitor:
 
 def our_monitor(pair: Pair, host: str, directory: Path) -> Monitor:
     worker = getattr(pair, host)
-    return Monitor(worker.directory / "run/disk0.sock", directory)
+    return Monitor(worker.directory / "run/disk0.sock", directory, pair.port)
 
 
-def test_secondary(directory: Path) -> None:
-    qemu, ours = directory / "qemu", directory / "ours"
+@contextlib.contextmanager
+def qemu_secondary(directory: Path) -> Iterator[Monitor]:
+    """QEMU's, not started, with our names."""
+    qemu = directory / "qemu"
     support.make_raw(qemu / "disk.img", SIZE)
     for overlay in ("hidden", "active"):
         support.make_qcow2(qemu / f"{overlay}.qcow2", SIZE)
@@ -503,10 +552,28 @@ def test_secondary(directory: Path) -> None:
     )  # fmt: skip
     with support.qemu(qemu, *arguments) as process:
         process.qmp.close()
-        monitor = qemu_monitor(qemu)
+        monitor = Monitor(qemu / "qemu.qmp", qemu, free_port())
+        yield monitor
+        monitor.close()
+
+
+def test_secondary_in_the_documents_order(directory: Path) -> None:
+    """The server that the script starts is where ours listens for the primary already."""
+    with qemu_secondary(directory) as monitor:
+        heard = play(COLO_SECONDARY, monitor)
+        qemu_events = monitor.events
+    with Pair(directory / "ours", size=SIZE) as pair:
+        monitor = our_monitor(pair, "beta", directory / "ours")
+        compare(heard, play(COLO_SECONDARY, monitor))
+        assert [e for e in until_quit(monitor.events) if e in qemu_events] == until_quit(qemu_events)
+        monitor.close()
+
+
+def test_secondary(directory: Path) -> None:
+    ours = directory / "ours"
+    with qemu_secondary(directory) as monitor:
         heard = play(SECONDARY, monitor)
         qemu_events = monitor.events
-        monitor.close()
     with Pair(ours, size=SIZE) as pair:
         monitor = our_monitor(pair, "beta", ours)
         compare(heard, play(SECONDARY, monitor))

@@ -148,7 +148,10 @@ class Worker:
 
 
 class Pair:
-    """Both workers, running; use as a context. `certificates` has a directory for each host's [tls]."""
+    """Both workers, running; use as a context. `certificates` has a directory for each host's [tls].
+
+    `port` is where the secondary serves NBD.
+    """
 
     def __init__(
         self,
@@ -159,7 +162,8 @@ class Pair:
         certificates: dict[str, Path] | None = None,
         **resource: object,
     ):
-        ports = {"port": free_port(), "control-port": free_port()}
+        self.port = free_port()
+        ports = {"port": self.port, "control-port": free_port()}
         document = {"name": "disk0", "size": size, **{k.replace("_", "-"): v for k, v in resource.items()}}
         self.alpha, self.beta = (
             Worker(

@@ -1,0 +1,121 @@
+"""A server that a controller starts where the secondary listens for its primary, and servers elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from typing import Any
+
+import pytest
+
+from tcmu_replication.errors import Error
+from tests.support.nbd import Nbd, NbdError
+from tests.support.processes import free_port
+from tests.unit.handlers.ends import End
+
+
+def inet(host: str, port: int, **options: Any) -> dict[str, Any]:
+    return {"type": "inet", "data": {"host": host, "port": str(port), **options}}
+
+
+@contextlib.asynccontextmanager
+async def client(end: End, export: str) -> Any:
+    """A connection to the secondary's server, from the primary's address."""
+    port = end.backstore.resource.link.port
+    nbd = await asyncio.to_thread(Nbd, ("127.0.0.2", port), export)
+    try:
+        yield nbd
+    finally:
+        nbd.close()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.2", "0.0.0.0", "", "::"])
+def test_server_where_we_listen_is_ours(play: Any, host: str) -> None:
+    async def story(alpha: End, beta: End) -> None:
+        port = beta.backstore.resource.link.port
+        await beta.ask("nbd-server-start", addr=inet(host, port))
+        await beta.ask("nbd-server-add", device="disk0-disk", writable=True)
+        await alpha.write(0, 1)
+        async with client(beta, "disk0-disk") as nbd:
+            await asyncio.to_thread(nbd.write, 4096, b"\2" * 512)
+        assert (beta.disk[0], beta.disk[4096]) == (1, 2)
+        assert bytes(beta.backstore.top.fetch(4096, 1)) == b"\0"  # its pre-image was saved
+
+    play(story)
+
+
+def test_server_that_is_stopped_takes_the_primary_with_it(play: Any) -> None:
+    async def story(alpha: End, beta: End) -> None:
+        addr = inet("0.0.0.0", beta.backstore.resource.link.port)
+        with pytest.raises(Error, match="NBD server not running"):
+            await beta.ask("nbd-server-stop")
+        await beta.ask("nbd-server-start", addr=addr)
+        await alpha.write(0, 1)
+        await beta.ask("nbd-server-stop")
+        with pytest.raises((ConnectionError, NbdError)):
+            async with client(beta, "disk0"):
+                pass
+        await alpha.write(0, 2)
+        assert (alpha.disk[0], beta.disk[0]) == (2, 1)
+        await beta.ask("nbd-server-start", addr=addr)
+        async with client(beta, "disk0") as nbd:
+            assert await asyncio.to_thread(nbd.read, 0, 1) == b"\1"
+
+    play(story)
+
+
+def test_name_of_the_forwarded_writes_is_taken(play: Any) -> None:
+    """Before start too: the primary would write to the LUN, and no pre-image were saved."""
+
+    async def story(alpha: End, beta: End) -> None:
+        await beta.ask("nbd-server-start", addr=inet("127.0.0.2", beta.backstore.resource.link.port))
+        for options in ({"device": "disk0"}, {"device": "disk0-disk", "name": "disk0"}):
+            with pytest.raises(Error, match="NBD server already has export named 'disk0'"):
+                await beta.ask("nbd-server-add", writable=True, **options)
+        assert await beta.ask("query-block-exports") == []
+        await beta.ask("start")
+        await alpha.ask("start")
+        await alpha.write(0, 3)
+        assert beta.disk[0] == 3
+
+    play(story, started=False)
+
+
+def test_first_free_port_of_a_range(play: Any) -> None:
+    async def story(alpha: End, beta: End) -> None:
+        with socket.socket() as busy:
+            busy.bind(("127.0.0.1", 0))
+            busy.listen()
+            port = busy.getsockname()[1]
+            with pytest.raises(Error, match="Failed to find an available port"):
+                await alpha.ask("nbd-server-start", addr=inet("127.0.0.1", port))
+            await alpha.ask("nbd-server-start", addr=inet("127.0.0.1", port, to=port + 20))
+            await alpha.ask("nbd-server-add", device="disk0")
+            found = [p for p in range(port + 1, port + 21) if await asyncio.to_thread(serves, p, "disk0")]
+            assert len(found) == 1
+
+    play(story, started=False)
+
+
+def serves(port: int, export: str) -> bool:
+    try:
+        Nbd(("127.0.0.1", port), export).close()
+    except OSError:
+        return False
+    return True
+
+
+def test_tls_is_the_resource_files(play: Any) -> None:
+    async def story(alpha: End, beta: End) -> None:
+        addr = inet("127.0.0.2", free_port())
+        with pytest.raises(
+            Error, match=r"No TLS credentials with id 'tls0': the resource file has no \[tls\]"
+        ):
+            await beta.ask("nbd-server-start", addr=addr, tls_creds="tls0")
+        with pytest.raises(Error, match="tls-authz is not understood here"):
+            await beta.ask("nbd-server-start", addr=addr, tls_authz="authz0")
+        with pytest.raises(Error, match="NBD server not running"):
+            await beta.ask("nbd-server-stop")
+
+    play(story, started=False)
