@@ -22,8 +22,11 @@ MAX_LENGTH = 64 << 10
 MAX_DEPTH = 64
 """Ours need 6, and deep nesting exhausts the stack of JSON's readers and writers."""
 
-_OUTSIDE = re.compile(rb'["{}\[\]]')
-_IN_STRING = re.compile(rb'"|\\.', re.DOTALL)
+_OUTSIDE = re.compile(rb"[\"'{}\[\]]")
+_IN_STRING = {quote: re.compile(quote + rb"|\\.", re.DOTALL) for quote in (b'"', b"'")}
+_STRING = re.compile(r""" "(?:[^"\\]|\\.)*" | '(?:[^'\\]|\\.)*' """, re.DOTALL | re.VERBOSE)
+_REQUOTED = {"\\'": "'", '"': '\\"'}
+_PIECE = re.compile(r'\\.|"', re.DOTALL)
 
 GENERIC, NO_COMMAND = "GenericError", "CommandNotFound"
 NOT_ACTIVE, NO_DEVICE = "DeviceNotActive", "DeviceNotFound"
@@ -87,7 +90,7 @@ class Objects:
         self._rest = b""
         self._at = 0
         self._depth = 0
-        self._in_string = False
+        self._quote = b""
 
     def feed(self, data: bytes) -> list[bytes]:
         """The objects that `data` ends. Raises BAD_REQUEST at anything else, too long or nested too deep."""
@@ -104,11 +107,11 @@ class Objects:
             self._rest, self._at = self._rest.lstrip(b" \t\r\n"), 0
             if self._rest and not self._rest.startswith(b"{"):
                 raise Error(Kind.BAD_REQUEST, f"not a JSON object: {self._rest[:80]!r}")
-        while match := (_IN_STRING if self._in_string else _OUTSIDE).search(self._rest, self._at):
+        while match := _IN_STRING.get(self._quote, _OUTSIDE).search(self._rest, self._at):
             self._at = match.end()
             mark = match[0]
-            if mark == b'"':
-                self._in_string = not self._in_string
+            if mark in _IN_STRING:
+                self._quote = b"" if self._quote else mark
             elif mark in b"{[":
                 self._depth += 1
                 if self._depth > MAX_DEPTH:
@@ -140,14 +143,27 @@ _DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
 
 
 def decode(data: bytes) -> dict[str, Any]:
-    """The JSON object in `data`, which is UTF-8. Raises BAD_REQUEST if it is anything else."""
+    """The JSON object in `data`, which is UTF-8; strings may be in single quotes, as QEMU's documents have them.
+
+    Raises BAD_REQUEST if it is anything else.
+    """
     try:
-        message = _DECODER.decode(data.decode())
+        message = _DECODER.decode(_double_quoted(data.decode()) if b"'" in data else data.decode())
     except (ValueError, RecursionError) as error:
         raise Error(Kind.BAD_REQUEST, f"not JSON: {data[:80]!r}") from error
     if not isinstance(message, dict):
         raise Error(Kind.BAD_REQUEST, f"not a JSON object: {data[:80]!r}")
     return message
+
+
+def _double_quoted(text: str) -> str:
+    """The same text with all its strings in double quotes."""
+
+    def string(match: re.Match[str]) -> str:
+        inner = _PIECE.sub(lambda piece: _REQUOTED.get(piece[0], piece[0]), match[0][1:-1])
+        return f'"{inner}"'
+
+    return _STRING.sub(string, text)
 
 
 def parse_request(message: dict[str, Any], oob: bool = False) -> Request:

@@ -98,3 +98,26 @@ def test_error_reply_that_is_none(body: Any) -> None:
 def test_event_carries_its_time() -> None:
     message = json.loads(framing.event("X", {"a": 1}, 12.5))
     assert message == {"event": "X", "data": {"a": 1}, "timestamp": {"seconds": 12, "microseconds": 500_000}}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        (r"""{'execute':'quit'}""", {"execute": "quit"}),
+        (r"""{'a':"it's",'b':'say "x" \' \" \\'}""", {"a": "it's", "b": 'say "x" \' " \\'}),
+        (r"""{"a":"\'","b":"\\'"}""", {"a": "'", "b": "\\'"}),
+        (r"""{'a':'{[','b':"'"}""", {"a": "{[", "b": "'"}),
+    ],
+)
+def test_strings_in_single_quotes(text: str, value: dict[str, str]) -> None:
+    """As QEMU's documents write requests, whatever arrives together."""
+    objects, found = framing.Objects(), []
+    for byte in text.encode():
+        found += objects.feed(bytes([byte]))
+    assert [framing.decode(message) for message in found] == [value]
+
+
+@pytest.mark.parametrize("text", ["{'a\":1}", "{'a':1", "{a':1}", "{'a':'\n'}", "{''':1}"])
+def test_quotes_that_do_not_match(text: str) -> None:
+    with pytest.raises(Error, match="not JSON"):
+        framing.decode(text.encode())

@@ -1,0 +1,200 @@
+"""The steps of QEMU's documents on COLO and block replication, given to a pair of workers as they stand there.
+
+In single quotes, with drive_add; the names are what a resource called disk0
+has. Instead of a migration, which starts and ends replication with the
+machines, there are Xen's commands. What differs from QEMU's answers is in
+docs/qmp.md; test_qmp_same_script.py compares the answers themselves.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tcmu_replication.units import MiB
+from tests.support import nbd, qemu
+from tests.support.processes import Pair, Worker
+from tests.support.tools import requires
+
+pytestmark = [pytest.mark.interop, requires("qemu-io")]
+
+SIZE = 8 * MiB
+
+SECONDARY = """
+{'execute':'qmp_capabilities'}
+{'execute': 'nbd-server-start', 'arguments': {'addr': {'type': 'inet', 'data': {'host': '0.0.0.0', 'port': 'PORT'} } } }
+{'execute': 'nbd-server-add', 'arguments': {'device': 'disk0-disk', 'writable': true } }
+{'execute': 'xen-set-replication', 'arguments': {'enable': true, 'primary': false} }
+"""
+DRIVE_ADD = (
+    "drive_add -n buddy driver=replication,mode=primary,file.driver=nbd,file.host=127.0.0.2,file.port=PORT,"
+    "file.export=disk0-disk,node-name=replication0"
+)
+PRIMARY = f"""
+{{'execute':'qmp_capabilities'}}
+{{'execute': 'human-monitor-command', 'arguments': {{'command-line': '{DRIVE_ADD}'}} }}
+{{'execute': 'x-blockdev-change', 'arguments': {{'parent': 'disk0', 'node': 'replication0' }} }}
+{{'execute': 'xen-set-replication', 'arguments': {{'enable': true, 'primary': true}} }}
+"""
+PRIMARY_WITH_NAMES = """
+{'execute':'qmp_capabilities'}
+{'execute': 'blockdev-add', 'arguments': {'driver': 'replication', 'mode': 'primary', 'node-name': 'replication0', \
+'file': {'driver': 'nbd', 'node-name': 'nbd0', 'export': 'disk0-disk', 'server': {'type': 'inet', \
+'host': '127.0.0.2', 'port': 'PORT'}} } }
+{'execute': 'x-blockdev-change', 'arguments': {'parent': 'disk0', 'node': 'replication0' } }
+{'execute': 'xen-set-replication', 'arguments': {'enable': true, 'primary': true} }
+"""
+YANK = """
+{'execute': 'yank', 'arguments': {'instances': [{'type': 'block-node', 'node-name': 'nbd0'}]} }
+"""
+PRIMARY_FAILOVER = """
+{'execute': 'x-blockdev-change', 'arguments': {'parent': 'disk0', 'child': 'children.1'} }
+{'execute': 'human-monitor-command', 'arguments': {'command-line': 'drive_del replication0' } }
+{'execute': 'x-colo-lost-heartbeat' }
+"""
+SECONDARY_FAILOVER = """
+{'execute': 'nbd-server-stop'}
+{'execute': 'x-colo-lost-heartbeat'}
+"""
+MACHINES = """
+stop cont migrate migrate-set-capabilities migrate-set-parameters object-add object-del chardev-add chardev-remove
+device_add device_del qom-set drive-mirror blockdev-mirror
+"""
+
+
+class Monitor:
+    """A connection to a worker's socket, to which text is said line by line."""
+
+    def __init__(self, worker: Worker, port: int) -> None:
+        self._port = port
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.settimeout(qemu.PATIENCE_S)
+        self._socket.connect(str(worker.directory / "run/disk0.sock"))
+        self._file = self._socket.makefile("rb")
+        assert "QMP" in json.loads(self._file.readline())
+
+    def say(self, text: str) -> list[Any]:
+        """The answers to the lines."""
+        return [self._answer(line) for line in text.strip().splitlines()]
+
+    def done(self, text: str) -> None:
+        """Say it; every line succeeds, also one for the human monitor."""
+        for line, answer in zip(text.strip().splitlines(), self.say(text), strict=True):
+            assert answer.get("return") in ({}, ""), (line, answer)
+
+    def close(self) -> None:
+        """Hang up."""
+        self._file.close()
+        self._socket.close()
+
+    def _answer(self, line: str) -> Any:
+        self._socket.sendall(line.replace("PORT", str(self._port)).encode() + b"\n")
+        while "event" in (message := json.loads(self._file.readline())):
+            pass
+        return message
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[Pair]:
+    with Pair(tmp_path, size=SIZE) as pair:
+        yield pair
+
+
+@pytest.fixture
+def primary(pair: Pair) -> Iterator[Monitor]:
+    monitor = Monitor(pair.alpha, pair.port)
+    yield monitor
+    monitor.close()
+
+
+@pytest.fixture
+def secondary(pair: Pair) -> Iterator[Monitor]:
+    monitor = Monitor(pair.beta, pair.port)
+    yield monitor
+    monitor.close()
+
+
+def test_secondary_is_lost(pair: Pair, primary: Monitor, secondary: Monitor) -> None:
+    """Frozen, so that a write of the primary hangs until the link is cut."""
+    secondary.done(SECONDARY)
+    primary.done(PRIMARY_WITH_NAMES)
+    pair.alpha.io("write -P 0x11 0 64k")
+    primary.done("{'execute': 'xen-colo-do-checkpoint'}")
+    assert pair.beta.status()["epoch"] == 2
+    pair.beta.pause()
+    with nbd.Nbd(str(pair.alpha.socket), "disk0") as lun:
+        hanging = lun.start(nbd.WRITE, 0, 65536, b"\x22" * 65536)
+        qemu.until(lambda: pair.alpha.status()["link"]["in-flight"] > 0, "the write")
+        primary.done(YANK)
+        lun.finish([hanging])
+        assert hanging.error == 0
+    assert "was closed" in pair.alpha.status()["error"]  # by us, not by a time-out
+    primary.done(PRIMARY_FAILOVER)
+    assert pair.alpha.status()["stage"] == "done"
+    pair.alpha.io("write -P 0x33 64k 64k", "read -P 0x22 0 64k")
+    pair.beta.resume()
+    assert pair.beta.disk.read_bytes()[0] == 0x11
+
+
+def test_primary_is_lost(pair: Pair, primary: Monitor, secondary: Monitor) -> None:
+    secondary.done(SECONDARY)
+    primary.done(PRIMARY)
+    pair.alpha.io("write -P 0x11 0 64k")
+    primary.done("{'execute': 'xen-colo-do-checkpoint'}")
+    pair.alpha.io("write -P 0x22 0 64k")
+    pair.alpha.kill()
+    secondary.done(SECONDARY_FAILOVER)
+    qemu.until(lambda: pair.beta.status()["stage"] == "done", "the commit")
+    pair.beta.io("read -P 0x11 0 64k", "write -P 0x33 0 64k")
+
+
+def test_new_secondary_is_attached_once_the_disks_are_equal(
+    pair: Pair, primary: Monitor, secondary: Monitor
+) -> None:
+    """Where QEMU's documents mirror the disk, the operator copies it and says so."""
+    secondary.done(SECONDARY)
+    primary.done(PRIMARY)
+    primary.done(PRIMARY_FAILOVER)
+    pair.alpha.io("write -P 0x44 0 64k")
+    add, attach, _ = PRIMARY.strip().splitlines()[1:]
+    primary.done(add)
+    [refused] = primary.say(attach)
+    assert (
+        "copy this host's disk to the secondary's and start both with assume-clean"
+        in refused["error"]["desc"]
+    )
+    assert secondary.say("{'execute': 'stop-replication'}") == [
+        {"return": {"ignored": False, "stage": "done"}}
+    ]
+    pair.beta.disk.write_bytes(pair.alpha.disk.read_bytes())
+    for monitor in (secondary, primary):
+        [started] = monitor.say("{'execute': 'start', 'arguments': {'assume-clean': true}}")
+        assert started["return"]["stage"] == "running"
+    primary.done(attach)
+    pair.alpha.io("write -P 0x55 64k 64k")
+    disk = pair.beta.disk.read_bytes()
+    assert (disk[0], disk[65536]) == (0x44, 0x55)
+
+
+@pytest.mark.parametrize("command", MACHINES.split())
+def test_machines_are_not_here(command: str, served: Monitor) -> None:
+    """And nothing ends that a script would not have ended in QEMU."""
+    [answer] = served.say(f"{{'execute': '{command}'}}")
+    assert answer["error"]["class"] == "CommandNotFound"
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Monitor]:
+    """A running primary; it still runs at the end."""
+    with Pair(tmp_path_factory.mktemp("machines"), size=SIZE) as pair:
+        pair.replicate()
+        monitor = Monitor(pair.alpha, pair.port)
+        monitor.done("{'execute': 'qmp_capabilities'}")
+        yield monitor
+        monitor.close()
+        assert pair.alpha.status()["stage"] == pair.beta.status()["stage"] == "running"
