@@ -1,6 +1,7 @@
 """The secondary's NBD server for its primary, at the place that the resource file says.
 
-It has one export of its own, named as the resource, while writes are forwarded.
+It has one export of its own, named as the resource, while writes are forwarded;
+that name may also be given to the same thing by a controller, before that.
 A controller that starts a server at this place takes this one over: what it
 exports is there too, and when it stops the server nothing of it is left, not
 even the resource's own export, until it, or replication, is started again.

@@ -195,9 +195,9 @@ class Exports:
         if self._server is None:
             raise Error(Kind.INVALID_STATE, "NBD server not running")
         own = self._own
-        # While nothing is forwarded its name must stay free too: the primary would write to what has it.
-        taken = own is not None and own.server is self._server and own.name == name
-        if taken or name in self._server.exports:
+        reserved = own is not None and own.server is self._server and own.name == name
+        # A primary of ours writes to what has this name, so nothing else may have it.
+        if name in self._server.exports or (reserved and not (writable and node is self._device)):
             raise Error(Kind.CONFLICT, f"NBD server already has export named '{name}'")
         export = Export(
             name,

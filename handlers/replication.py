@@ -446,8 +446,8 @@ class SecondaryBackstore(PairBackstore):
         await self._qmp_exports.publish(node)
 
     async def _withdraw(self) -> None:
-        await self._server.withdraw()
         await self._qmp_exports.withdraw()
+        await self._server.withdraw()
 
     def _qmp_tls(self) -> Tls | None:
         """Forwarded writes are the primary's only."""

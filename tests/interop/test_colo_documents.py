@@ -8,17 +8,18 @@ docs/qmp.md; test_qmp_same_script.py compares the answers themselves.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 from tcmu_replication.units import MiB
 from tests.support import nbd, qemu
-from tests.support.processes import Pair, Worker
+from tests.support.processes import Pair, Worker, free_port
 from tests.support.tools import requires
 
 pytestmark = [pytest.mark.interop, requires("qemu-io")]
@@ -68,13 +69,13 @@ device_add device_del qom-set drive-mirror blockdev-mirror
 
 
 class Monitor:
-    """A connection to a worker's socket, to which text is said line by line."""
+    """A connection to a control socket, to which text is said line by line."""
 
-    def __init__(self, worker: Worker, port: int) -> None:
+    def __init__(self, path: Path, port: int) -> None:
         self._port = port
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.settimeout(qemu.PATIENCE_S)
-        self._socket.connect(str(worker.directory / "run/disk0.sock"))
+        self._socket.connect(str(path))
         self._file = self._socket.makefile("rb")
         assert "QMP" in json.loads(self._file.readline())
 
@@ -99,6 +100,10 @@ class Monitor:
         return message
 
 
+def control(worker: Worker) -> Path:
+    return worker.directory / "run/disk0.sock"
+
+
 @pytest.fixture
 def pair(tmp_path: Path) -> Iterator[Pair]:
     with Pair(tmp_path, size=SIZE) as pair:
@@ -107,14 +112,14 @@ def pair(tmp_path: Path) -> Iterator[Pair]:
 
 @pytest.fixture
 def primary(pair: Pair) -> Iterator[Monitor]:
-    monitor = Monitor(pair.alpha, pair.port)
+    monitor = Monitor(control(pair.alpha), pair.port)
     yield monitor
     monitor.close()
 
 
 @pytest.fixture
 def secondary(pair: Pair) -> Iterator[Monitor]:
-    monitor = Monitor(pair.beta, pair.port)
+    monitor = Monitor(control(pair.beta), pair.port)
     yield monitor
     monitor.close()
 
@@ -193,8 +198,108 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Monitor]:
     """A running primary; it still runs at the end."""
     with Pair(tmp_path_factory.mktemp("machines"), size=SIZE) as pair:
         pair.replicate()
-        monitor = Monitor(pair.alpha, pair.port)
+        monitor = Monitor(control(pair.alpha), pair.port)
         monitor.done("{'execute': 'qmp_capabilities'}")
         yield monitor
         monitor.close()
         assert pair.alpha.status()["stage"] == pair.beta.status()["stage"] == "running"
+
+
+EXPORT_BY_NAME = """
+{'execute':'qmp_capabilities'}
+{'execute': 'nbd-server-start', 'arguments': {'addr': {'type': 'inet', 'data': {'host': '127.0.0.2', 'port': 'PORT'}}} }
+{'execute': 'nbd-server-add', 'arguments': {'device': 'disk0-disk', 'name': 'disk0', 'writable': true } }
+{'execute': 'xen-set-replication', 'arguments': {'enable': true, 'primary': false} }
+"""
+"""The export that both kinds of primaries ask for."""
+LUN = """
+{'execute': 'nbd-server-start', 'arguments': {'addr': {'type': 'unix', 'data': {'path': 'SOCKET'} } } }
+{'execute': 'nbd-server-add', 'arguments': {'device': 'disk0', 'writable': true } }
+"""
+FAILOVER = """
+{'execute': 'nbd-server-stop'}
+{'execute': 'xen-set-replication', 'arguments': {'enable': false, 'primary': false, 'failover': true} }
+"""
+DISK = "if=none,id=disk0-disk,node-name=disk,driver=raw,file.driver=file,file.filename={0}/disk.img"
+QEMU = {
+    "primary": [
+        "-drive", DISK,
+        "-drive", "if=none,id=disk0,node-name=top,driver=quorum,read-pattern=fifo,vote-threshold=1,children.0=disk",
+    ],
+    "secondary": [
+        "-drive", DISK,
+        "-drive", "if=none,id=disk0,node-name=replication,driver=replication,mode=secondary,top-id=disk0,"
+        "file.driver=qcow2,file.file.filename={0}/active.qcow2,file.backing.driver=qcow2,"
+        "file.backing.file.filename={0}/hidden.qcow2,file.backing.backing=disk",
+    ],
+}  # fmt: skip
+
+
+class Place(NamedTuple):
+    """Where a pair is, and the port between its ends."""
+
+    base: Path
+    ports: dict[str, object]
+
+
+@contextlib.contextmanager
+def end_of(place: Place, mode: str, kind: str) -> Iterator[tuple[Monitor, Path]]:
+    """One end, not started: its monitor and its disk. `kind`: whose it is; the other end may be anybody's."""
+    port = int(str(place.ports["port"]))
+    if kind == "ours":
+        host = "alpha" if mode == "primary" else "beta"
+        worker = Worker(place.base, host, {"name": "disk0", "size": SIZE}, place.ports, peer={"qemu": True})
+        worker.start()
+        try:
+            monitor = Monitor(control(worker), port)
+            yield monitor, worker.disk
+            monitor.close()
+        finally:
+            worker.stop()
+        return
+    directory = place.base / mode
+    directory.mkdir()
+    qemu.make_raw(directory / "disk.img", SIZE)
+    for overlay in ("active", "hidden"):
+        qemu.make_qcow2(directory / f"{overlay}.qcow2", SIZE)
+    with qemu.qemu(directory, *(argument.format(directory) for argument in QEMU[mode])) as process:
+        process.qmp.close()
+        monitor = Monitor(directory / "qemu.qmp", port)
+        yield monitor, directory / "disk.img"
+        monitor.close()
+
+
+@requires(qemu.PROGRAM, "qemu-img")
+@pytest.mark.parametrize(("first", "second"), [("ours", "qemu"), ("qemu", "ours"), ("qemu", "qemu")])
+def test_either_end_may_be_qemus(tmp_path: Path, first: str, second: str) -> None:
+    """The same lines, whoever they are said to; `first` is the primary's kind, `second` the secondary's."""
+    port = free_port()
+    place = Place(tmp_path, {"port": port, "control-port": free_port()})
+    with (
+        end_of(place, "secondary", second) as (secondary, copy),
+        end_of(place, "primary", first) as (primary, disk),
+    ):
+        secondary.done(EXPORT_BY_NAME)
+        primary.done(PRIMARY.replace("disk0-disk", "disk0"))
+        luns = [str(tmp_path / f"{name}.sock") for name in ("first", "second")]
+        primary.done(LUN.replace("SOCKET", luns[0]))
+        with nbd.Nbd(luns[0], "disk0") as lun:
+            lun.write(0, b"\x11" * 65536)
+            secondary.done("{'execute': 'xen-colo-do-checkpoint'}")
+            lun.write(0, b"\x22" * 65536)
+            lun.flush()
+        assert [path.read_bytes()[0] for path in (disk, copy)] == [0x22, 0x22]
+        secondary.done(FAILOVER)
+        status = "{'execute': 'query-xen-replication-status'}"
+        qemu.until(lambda: secondary.say(status) == [{"return": {"error": False}}], "the end of the failover")
+        secondary.done(LUN.replace("SOCKET", luns[1]))
+        with nbd.Nbd(luns[1], "disk0") as lun:
+            assert lun.read(0, 65536) == b"\x11" * 65536
+        primary.done(
+            PRIMARY_FAILOVER.replace(
+                "x-colo-lost-heartbeat'",
+                "xen-set-replication', 'arguments': {'enable': false, 'primary': true}",
+            )
+        )
+        with nbd.Nbd(luns[0], "disk0") as lun:
+            assert lun.read(0, 65536) == b"\x22" * 65536

@@ -59,8 +59,7 @@ def test_server_that_is_stopped_takes_the_primary_with_it(play: Any) -> None:
         await alpha.write(0, 2)
         assert (alpha.disk[0], beta.disk[0]) == (2, 1)
         await beta.ask("nbd-server-start", addr=addr)
-        async with client(beta, "disk0") as nbd:
-            assert await asyncio.to_thread(nbd.read, 0, 1) == b"\1"
+        assert beta.backstore._server.server.exports == ("disk0",)
 
     play(story)
 
@@ -70,14 +69,31 @@ def test_name_of_the_forwarded_writes_is_taken(play: Any) -> None:
 
     async def story(alpha: End, beta: End) -> None:
         await beta.ask("nbd-server-start", addr=inet("127.0.0.2", beta.backstore.resource.link.port))
-        for options in ({"device": "disk0"}, {"device": "disk0-disk", "name": "disk0"}):
+        for options in ({"device": "disk0"}, {"device": "disk", "name": "disk0", "writable": False}):
             with pytest.raises(Error, match="NBD server already has export named 'disk0'"):
-                await beta.ask("nbd-server-add", writable=True, **options)
+                await beta.ask("nbd-server-add", **({"writable": True} | options))
         assert await beta.ask("query-block-exports") == []
         await beta.ask("start")
         await alpha.ask("start")
         await alpha.write(0, 3)
         assert beta.disk[0] == 3
+
+    play(story, started=False)
+
+
+def test_forwarded_writes_may_have_their_name_before_the_start(play: Any) -> None:
+    async def story(alpha: End, beta: End) -> None:
+        await beta.ask("nbd-server-start", addr=inet("127.0.0.2", beta.backstore.resource.link.port))
+        await beta.ask("nbd-server-add", device="disk0-disk", name="disk0", writable=True)
+        await beta.ask("start")
+        await alpha.ask("start")
+        await alpha.write(0, 3)
+        assert (beta.disk[0], bytes(beta.backstore.top.fetch(0, 1))) == (3, b"\0")
+        await beta.ask("failover", to="checkpoint")
+        assert beta.told("BLOCK_EXPORT_DELETED") == [{"id": "disk0"}]
+        with pytest.raises((ConnectionError, NbdError)):
+            async with client(beta, "disk0"):
+                pass
 
     play(story, started=False)
 
