@@ -81,21 +81,21 @@ def measure(turn: Turn) -> Iterator[Sample]:
 def synced(directory: Path, length: int, total: int, batch: int) -> dict[str, float]:
     """First touches a second of a disk in `directory`: "on" with two syncs for each batch, "off" without.
 
-    One loop is what a durable secondary must do: save a batch, sync, overwrite it, sync.
+    One loop is what a durable secondary must do: save a batch, one block behind the other, sync, overwrite it, sync.
     """
     offsets = random.Random(1).sample(range(0, length, 4 * KiB), total // (4 * KiB))
     buffers = [memoryview(bytearray(b"x" * 4 * KiB))]
     found = {}
     with ExitStack() as stack:
         files = _Images(directory, length, stack)
-        os.sync()
         for name, sync in (("off", lambda fd: None), ("on", os.fdatasync)):
+            os.sync()
             began = time.perf_counter()
             for start in range(0, len(offsets), batch):
                 some = offsets[start : start + batch]
-                for offset in some:
+                for slot, offset in enumerate(some, start):
                     os.preadv(files.disk, buffers, offset)
-                    os.pwritev(files.overlay, buffers, offset)
+                    os.pwritev(files.overlay, buffers, slot * 4 * KiB)
                 sync(files.overlay)
                 for offset in some:
                     os.pwritev(files.disk, buffers, offset)
