@@ -172,6 +172,9 @@ class Overlay(Node):
 
     def fetch(self, offset: int, length: int) -> memoryview:
         """See `Node.fetch`."""
+        entries = self._map.entries(offset // BLOCK, (offset + length - 1) // BLOCK + 1)
+        if not any(entries) or _slot_of_all(entries) is not None:  # looked at in one go, not block by block
+            return self._fetch_run(offset, length, entries[0])
         runs = self._runs(offset, length)
         if len(runs) == 1:
             return self._fetch_run(*runs[0])
