@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from msgspec import UNSET
 
-from tcmu_replication.control.command import Nothing
-from tcmu_replication.control.qemu_schema import ColoStatus, ErrorStatus, SetReplication
+from tcmu_replication.control.command import Document, Nothing
+from tcmu_replication.control.qemu_schema import ColoExit, ColoStatus, ErrorStatus, SetReplication
 from tcmu_replication.control.schema import Failover, Start
 from tcmu_replication.control.session import Session
 from tcmu_replication.errors import Error, Kind
@@ -32,8 +32,11 @@ _COLO: dict[str, tuple[bool, Literal["none", "request", "error", "processing"]]]
 """For each stage whether this end has a COLO mode, and the reason why it lost it."""
 
 
-def names(handlers: Mapping[str, Handler]) -> dict[str, Handler]:
-    """QEMU's commands in terms of a worker's `handlers`; none if these are not a resource's."""
+def names(handlers: Mapping[str, Handler], emit: Callable[[str, Document], None]) -> dict[str, Handler]:
+    """QEMU's commands in terms of a worker's `handlers`; none if these are not a resource's.
+
+    `emit` sends an event.
+    """
     if not set(handlers) >= NEEDED:
         return {}
 
@@ -88,6 +91,7 @@ def names(handlers: Mapping[str, Handler]) -> dict[str, Handler]:
             await handlers["stop-replication"](arguments, session)
         else:
             await handlers["failover"](Failover(to="checkpoint"), session)
+        emit("COLO_EXIT", ColoExit(mode=status.mode, reason="request"))
 
     return {
         "query-colo-status": query_colo_status,

@@ -81,6 +81,13 @@ class ColoStatus(Document, frozen=True, kw_only=True):
     reason: Literal["none", "request", "error", "processing"]
 
 
+class ColoExit(Document, frozen=True, kw_only=True):
+    """x-colo-lost-heartbeat has ended replication; `mode` is what this end was."""
+
+    mode: Literal["primary", "secondary"]
+    reason: Literal["request"]
+
+
 REPLICATION = table(
     Command("xen-set-replication", SetReplication, None, OPERATOR, "QEMU's start, stop and failover."),
     Command("query-xen-replication-status", Nothing, ErrorStatus, OPERATOR, "QEMU's query-errors."),
@@ -196,5 +203,6 @@ EVENTS: dict[str, type[Document]] = {
     "BLOCK_JOB_CANCELLED": BlockJobCancelled,
     "BLOCK_JOB_ERROR": BlockJobError,
     "JOB_STATUS_CHANGE": JobStatusChange,
+    "COLO_EXIT": ColoExit,
     "SHUTDOWN": Shutdown,
 }

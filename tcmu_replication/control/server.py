@@ -58,7 +58,7 @@ class Server:
     def __init__(self, handlers: Mapping[str, Handler], table: Mapping[str, Command] = COMMANDS) -> None:
         unknown = set(handlers) - set(table)
         assert not unknown, f"handlers without a row in the command table: {unknown}"
-        self._handlers = {**handlers, **qemu.names(handlers)}
+        self._handlers = {**handlers, **qemu.names(handlers, self.emit)}
         self._table = table
         self._listeners: list[asyncio.Server] = []
         self._clients: dict[asyncio.Task[None], tuple[Session, asyncio.StreamWriter]] = {}

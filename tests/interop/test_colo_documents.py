@@ -72,6 +72,7 @@ class Monitor:
     """A connection to a control socket, to which text is said line by line."""
 
     def __init__(self, path: Path, port: int) -> None:
+        self.events: list[str] = []
         self._port = port
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.settimeout(qemu.PATIENCE_S)
@@ -96,7 +97,7 @@ class Monitor:
     def _answer(self, line: str) -> Any:
         self._socket.sendall(line.replace("PORT", str(self._port)).encode() + b"\n")
         while "event" in (message := json.loads(self._file.readline())):
-            pass
+            self.events.append(message["event"])
         return message
 
 
@@ -140,7 +141,10 @@ def test_secondary_is_lost(pair: Pair, primary: Monitor, secondary: Monitor) -> 
         assert hanging.error == 0
     assert "was closed" in pair.alpha.status()["error"]  # by us, not by a time-out
     primary.done(PRIMARY_FAILOVER)
-    assert pair.alpha.status()["stage"] == "done"
+    assert primary.say("{'execute': 'query-colo-status'}") == [
+        {"return": {"mode": "none", "last-mode": "primary", "reason": "request"}}
+    ]
+    assert "COLO_EXIT" in primary.events
     pair.alpha.io("write -P 0x33 64k 64k", "read -P 0x22 0 64k")
     pair.beta.resume()
     assert pair.beta.disk.read_bytes()[0] == 0x11
@@ -155,6 +159,8 @@ def test_primary_is_lost(pair: Pair, primary: Monitor, secondary: Monitor) -> No
     pair.alpha.kill()
     secondary.done(SECONDARY_FAILOVER)
     qemu.until(lambda: pair.beta.status()["stage"] == "done", "the commit")
+    secondary.done(SECONDARY.strip().splitlines()[1])
+    assert "COLO_EXIT" in secondary.events
     pair.beta.io("read -P 0x11 0 64k", "write -P 0x33 0 64k")
 
 

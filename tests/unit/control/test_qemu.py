@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from tcmu_replication.control import qemu, schema
-from tcmu_replication.control.command import Privilege
-from tcmu_replication.control.qemu_schema import SetReplication
+from tcmu_replication.control.command import Document, Privilege
+from tcmu_replication.control.qemu_schema import ColoExit, SetReplication
 from tcmu_replication.control.server import Server
 from tcmu_replication.control.session import Session
 from tcmu_replication.errors import Error, Kind
@@ -23,6 +23,7 @@ class Worker:
 
     def __init__(self, stage: str = "none") -> None:
         self.asked: list[tuple[str, Any]] = []
+        self.events: list[tuple[str, Document]] = []
         self.handlers = {name: self._body(name) for name in qemu.NEEDED}
         self.results = {
             "query-status": status(stage=stage, mode="secondary"),
@@ -40,8 +41,12 @@ class Worker:
         """Call a command by QEMU's name."""
         return asyncio.run(self._call(name, arguments))
 
+    def _emit(self, name: str, data: Document) -> None:
+        assert isinstance(data, schema.EVENTS[name])
+        self.events.append((name, data))
+
     async def _call(self, name: str, arguments: Any) -> Any:
-        return await qemu.names(self.handlers)[name](arguments, SESSION)
+        return await qemu.names(self.handlers, self._emit)[name](arguments, SESSION)
 
 
 @pytest.mark.parametrize(
@@ -126,6 +131,7 @@ def test_lost_heartbeat_of_a_running_end(mode: str, asked: tuple[str, Any]) -> N
     worker.results["query-status"] = status(stage="running", mode=mode)
     worker.call("x-colo-lost-heartbeat", schema.Nothing())
     assert worker.asked[-1] == asked
+    assert worker.events == [("COLO_EXIT", ColoExit(mode=mode, reason="request"))]
 
 
 @pytest.mark.parametrize(
@@ -142,6 +148,7 @@ def test_lost_heartbeat_where_nothing_runs(stage: str, text: str) -> None:
     with pytest.raises(Error, match=text):
         worker.call("x-colo-lost-heartbeat", schema.Nothing())
     assert [name for name, _ in worker.asked] == ["query-status"]
+    assert worker.events == []
 
 
 def test_reason_of_an_error_is_in_our_own_answer_only() -> None:
@@ -154,7 +161,7 @@ def test_reason_of_an_error_is_in_our_own_answer_only() -> None:
 
 
 def test_worker_without_a_resources_commands_has_none() -> None:
-    assert qemu.names({"quit": Worker().handlers["stop-replication"]}) == {}
+    assert qemu.names({"quit": Worker().handlers["stop-replication"]}, lambda *event: None) == {}
     Server({}, schema.DEVICE_COMMANDS)
 
 
