@@ -87,7 +87,7 @@ GRAPH = table(
     Command("query-named-block-nodes", Flat, list[BlockDeviceInfo], OPERATOR, "The chain's nodes."),
     Command(
         "x-blockdev-change", BlockdevChange, None, OPERATOR,
-        "Take the replica out of the primary's mirror while replication runs, or put it back.",
+        "Take the replica out of the primary's mirror, or put it there.",
     ),
 )  # fmt: skip
 
@@ -191,7 +191,8 @@ class BlockExportDeleted(Document, frozen=True, kw_only=True):
 
 EXPORTS = table(
     Command(
-        "nbd-server-start", NbdServerStart, None, OPERATOR, "Start an NBD server beside the resource's own."
+        "nbd-server-start", NbdServerStart, None, OPERATOR,
+        "Start an NBD server; where a secondary waits for its primary it is that one.",
     ),
     Command("nbd-server-stop", Nothing, None, OPERATOR, "End it, its exports and its connections."),
     Command("nbd-server-add", NbdServerAdd, None, OPERATOR, "Export a device or a node."),
@@ -199,7 +200,7 @@ EXPORTS = table(
     Command("block-export-add", BlockExportAdd, None, OPERATOR, "Export a node."),
     Command("block-export-del", BlockExportDel, None, OPERATOR, "End an export."),
     Command("query-block-exports", Nothing, list[BlockExportInfo], OPERATOR, "What was exported over QMP."),
-)
+)  # fmt: skip
 
 
 # --- the mirror's failures; sectors have 512 bytes

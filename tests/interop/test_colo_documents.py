@@ -19,6 +19,7 @@ import pytest
 
 from tcmu_replication.units import MiB
 from tests.support import nbd, qemu
+from tests.support.certificates import Authority
 from tests.support.processes import Pair, Worker, free_port
 from tests.support.tools import requires
 
@@ -82,7 +83,11 @@ class Monitor:
 
     def say(self, text: str) -> list[Any]:
         """The answers to the lines."""
-        return [self._answer(line) for line in text.strip().splitlines()]
+        answers = []
+        for line in text.strip().splitlines():
+            self.send(line)
+            answers.append(self.answer())
+        return answers
 
     def done(self, text: str) -> None:
         """Say it; every line succeeds, also one for the human monitor."""
@@ -94,8 +99,12 @@ class Monitor:
         self._file.close()
         self._socket.close()
 
-    def _answer(self, line: str) -> Any:
+    def send(self, line: str) -> None:
+        """Say a line, and do not wait for the answer."""
         self._socket.sendall(line.replace("PORT", str(self._port)).encode() + b"\n")
+
+    def answer(self) -> Any:
+        """The next answer."""
         while "event" in (message := json.loads(self._file.readline())):
             self.events.append(message["event"])
         return message
@@ -309,3 +318,49 @@ def test_either_end_may_be_qemus(tmp_path: Path, first: str, second: str) -> Non
         )
         with nbd.Nbd(luns[0], "disk0") as lun:
             assert lun.read(0, 65536) == b"\x22" * 65536
+
+
+@requires("openssl")
+def test_with_tls_whatever_the_script_calls_its_credentials(tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    certificates = {
+        "alpha": authority.issue(tmp_path / "tls-alpha", "127.0.0.1"),
+        "beta": authority.issue(tmp_path / "tls-beta", "127.0.0.2"),
+    }
+    tls = "'tls-creds': 'tls0'"
+    with Pair(tmp_path, size=SIZE, certificates=certificates) as pair:
+        monitors = secondary, primary = [
+            Monitor(control(worker), pair.port) for worker in (pair.beta, pair.alpha)
+        ]
+        secondary.done(SECONDARY.replace("'addr'", f"{tls}, 'tls-authz': 'authz0', 'addr'"))
+        primary.done(PRIMARY_WITH_NAMES.replace("'export'", f"{tls}, 'export'"))
+        pair.alpha.io("write -P 0x11 0 64k")
+        assert pair.beta.disk.read_bytes()[0] == 0x11
+        with pytest.raises(ConnectionError):
+            nbd.Nbd(("127.0.0.2", pair.port), "disk0-disk")  # without TLS
+        for monitor in monitors:
+            monitor.close()
+
+
+def test_yank_frees_a_command_that_waits_for_the_secondary(
+    pair: Pair, primary: Monitor, secondary: Monitor
+) -> None:
+    """Out of band, on the connection whose command hangs, as QEMU's own."""
+    secondary.done(SECONDARY)
+    primary.done(
+        PRIMARY_WITH_NAMES.replace("qmp_capabilities'", "qmp_capabilities', 'arguments': {'enable': ['oob']}")
+    )
+    pair.beta.pause()
+    with nbd.Nbd(str(pair.alpha.socket), "disk0") as lun:
+        hanging = lun.start(nbd.WRITE, 0, 65536, b"\x22" * 65536)
+        qemu.until(lambda: pair.alpha.status()["link"]["in-flight"] > 0, "the write")
+        remove = PRIMARY_FAILOVER.strip().splitlines()[0].replace("{", "{'id': 'removed', ", 1)
+        primary.send(remove)
+        primary.send(YANK.strip().replace("{'execute'", "{'id': 'yanked', 'exec-oob'", 1))
+        assert [primary.answer(), primary.answer()] == [
+            {"return": {}, "id": "yanked"},
+            {"return": {}, "id": "removed"},
+        ]
+        lun.finish([hanging])
+        assert hanging.error == 0
+    pair.beta.resume()

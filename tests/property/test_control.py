@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -75,7 +76,18 @@ def test_objects_come_out_as_they_were_put_in_however_they_are_cut(
     assert len(found) == len(sent)
 
 
-@given(st.text(alphabet='{}[]"\\ \nx'), st.integers(1, 9))
+@given(st.dictionaries(st.text(), st.text()), st.booleans())
+def test_single_quotes_mean_what_double_quotes_mean(sent: dict[str, str], ascii_only: bool) -> None:
+    """Also where a string has quotes of either kind itself."""
+    text = json.dumps(sent, ensure_ascii=ascii_only).replace("'", r"\'")
+    quoted = "".join({'\\"': '"', '"': "'"}.get(piece, piece) for piece in re.split(r'(\\.|")', text))
+    data = quoted.encode("utf-8", "replace")
+    assert framing.Objects().feed(data) == [data]
+    plain = json.dumps(sent, ensure_ascii=ascii_only).encode("utf-8", "replace")
+    assert framing.decode(data) == framing.decode(plain)
+
+
+@given(st.text(alphabet='{}[]"\\ \nx' + "'"), st.integers(1, 9))
 def test_any_bytes_end_the_stream_or_cut_the_same_way_in_any_pieces(text: str, step: int) -> None:
     data = text.encode()
 
