@@ -195,7 +195,7 @@ class Overlay(Node):
                 elif entry:
                     self._write_mixed(offset, end, buffers, [entry])
                 else:
-                    self._write_new(first, last, *self._whole(offset, end, buffers, 0, 0))
+                    self._write_new(first, last, offset, end, buffers)
             else:
                 entries = self._map.entries(first, last)
                 if (slot := _slot_of_all(entries)) is not None:
@@ -203,7 +203,7 @@ class Overlay(Node):
                 elif any(entries):
                     self._write_mixed(offset, end, buffers, entries)
                 else:
-                    self._write_new(first, last, *self._whole(offset, end, buffers, 0, 0))
+                    self._write_new(first, last, offset, end, buffers)
         except Error as error:
             if error.kind is not Kind.NO_SPACE or not self._make_space():
                 raise
@@ -413,9 +413,13 @@ class Overlay(Node):
             return start, [self._fetch_run(start, offset - start, first), *buffers]
         return offset, buffers
 
-    def _write_new(self, first: int, last: int, offset: int, buffers: Buffers) -> None:
-        """Write whole blocks of which none is here, to new slots: all at once, since these are adjacent."""
-        self._make_room(first, last, last - first)
+    def _write_new(self, first: int, last: int, offset: int, end: int, buffers: Buffers) -> None:
+        """Write where nothing is here yet, to new slots: all at once, since these are adjacent."""
+        if offset % BLOCK or (end % BLOCK and end != self.length):
+            _, buffers = self._whole(offset, end, buffers, 0, 0)
+        if self.limit is not None:
+            self._check_limit(first, last - first)
+        self._map.prepare(first, last)
         slot = self._take(last - first)
         try:
             self.data.write(slot * BLOCK, buffers)
@@ -431,7 +435,8 @@ class Overlay(Node):
         if fresh:
             offset, buffers = self._whole(offset, end, buffers, entries[0], entries[-1])
             end = max(end, offset + size(buffers))
-            self._make_room(first, last, fresh)
+            self._check_limit(first, fresh)
+            self._map.prepare(first, last)
         new = sum(not entry & NOWHERE for entry in entries)
         taken = self._take(new) if new else 0
         following = iter(range(taken, taken + new))
@@ -463,7 +468,8 @@ class Overlay(Node):
             if not data[0] and not data[-1] and bytes(data) == bytes(length):
                 self._map.prepare(first, last)
                 return None
-            self._make_room(first, last, last - first)
+            self._check_limit(first, last - first)
+            self._map.prepare(first, last)
             slot = self._take(last - first)
             try:
                 self.data.write(slot * BLOCK, [data])
@@ -546,15 +552,14 @@ class Overlay(Node):
             return self.data.fetch(_position(offset, entry), length)
         return memoryview(bytes(length)) if entry else self.child.fetch(offset, length)
 
-    def _make_room(self, first: int, last: int, fresh: int) -> None:
-        """Raise NO_SPACE before anything is written, where `fresh` more stored blocks find no room."""
+    def _check_limit(self, first: int, fresh: int) -> None:
+        """Raise NO_SPACE before anything is written, where `fresh` more stored blocks are too many."""
         if self.limit is not None and (self._map.here + self._unmarked + fresh) * BLOCK > self.limit:
             raise Error(
                 Kind.NO_SPACE,
                 f"{self.name}: the overlay {self.path} has reached its limit of {format_size(self.limit)}",
                 offset=first * BLOCK,
             )
-        self._map.prepare(first, last)
 
     def _whole_blocks(self, offset: int, length: int) -> tuple[int, int]:
         """The blocks that lie in the range as a whole; the disk's end ends its last block."""
