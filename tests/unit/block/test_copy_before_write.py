@@ -275,6 +275,21 @@ def test_cbw_durable_failed_batch_keeps_the_marks_of_the_one_before(
     assert pair.checkpoint() == OLD
 
 
+def test_cbw_durable_write_behind_a_batch_that_fails_saves_for_itself(tmp_path: Path) -> None:
+    offload = HeldOffload()
+    pair = Pair(tmp_path, durable=True, offload=offload)
+    first = pair.write(0, b"1")
+    pair.filter.unplug()
+    second = pair.write(2, b"2" * BLOCK)
+    pair.filter.unplug()
+    pair.ledger.map_fails = Error(Kind.IO, "sync fails on cue")
+    while offload.calls:
+        offload.run_next()
+    assert (first, second) == ([False], [True])
+    assert pair.memory.data == changed((2, b"2" * BLOCK))
+    assert pair.checkpoint() == OLD
+
+
 def test_cbw_durable_write_that_cannot_be_stored_fails_alone(durable: Pair) -> None:
     good = durable.write(0, b"1")
     durable.data.fail("write", Kind.NO_SPACE, count=1)

@@ -154,6 +154,17 @@ def test_cbw_error_of_one_piece_waits_for_the_other_reads(tmp_path: Path, is_dur
     pair.filter.retarget(pair.hidden)
 
 
+@DURABLE
+def test_cbw_after_an_error_nothing_more_is_read(tmp_path: Path, is_durable: bool) -> None:
+    pair = Pair(tmp_path, durable=is_durable)
+    pair.write(2 * BLOCK, b"x")
+    pair.filter.unplug()
+    reads = pair.disk.fail("read")
+    with pytest.raises(Error):
+        pair.write(BLOCK, b"n" * 3 * BLOCK)
+    assert reads.met == 1
+
+
 def test_cbw_covered_block_passes_those_that_wait_and_others_do_not_stop(pair: Pair) -> None:
     pair.write(5 * BLOCK, b"x")
     reads = pair.disk.delay("read", count=1)
