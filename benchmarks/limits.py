@@ -2,7 +2,9 @@
 
 Each work is done in every way that the kernel offers for it, and the fastest
 is its limit. The files have their pages already, as overlays have whose space
-serves again.
+serves again. Where a client asks for it over NBD, a server that does nothing
+(nbdkit's null) is asked by the same client too: no server can be faster than
+that, and if it is less than the fastest loop, it is the limit.
 """
 
 from __future__ import annotations
@@ -10,15 +12,19 @@ from __future__ import annotations
 import mmap
 import os
 import random
+import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
-from benchmarks import images
+from benchmarks import images, loads, sides
+from benchmarks.loads import Load
 from benchmarks.rows import ROWS, Sample
 from benchmarks.turn import Turn
 from tcmu_replication.units import KiB, MiB
@@ -50,6 +56,7 @@ def measure(turn: Turn) -> Iterator[Sample]:
     scale = turn.scale
     some = random.Random(1).sample(range(0, scale.disk, 4 * KiB), scale.random // (4 * KiB))
     every, middle = range(0, scale.sequential, MiB), range(0, scale.sequential, 256 * KiB)
+    served = _nothing(turn)
     with ExitStack() as stack:
         files = _Images(turn.directory, scale.disk, stack)
         small, large = _steps(files, 4 * KiB), _steps(files, MiB)
@@ -68,7 +75,7 @@ def measure(turn: Turn) -> Iterator[Sample]:
             ("ring-256k-write", _steps(files, 256 * KiB)["write"], middle, (1,)),
             ("ring-256k-read", _steps(files, 256 * KiB)["read"], middle, (1,)),
         ):
-            yield from _fastest(row, ways, offsets, threads)
+            yield from _fastest(row, ways, offsets, threads, served)
     manifest_ms = _replace_file_ms(turn.directory)
     python_ms = _python_ms()
     for row in ROWS:
@@ -148,14 +155,22 @@ def _steps(files: _Images, length: int) -> dict[str, dict[str, Callable[[], Step
 
 
 def _fastest(
-    row: str, ways: Mapping[str, Callable[[], Step]], offsets: Sequence[int], threads: Sequence[int]
+    row: str,
+    ways: Mapping[str, Callable[[], Step]],
+    offsets: Sequence[int],
+    threads: Sequence[int],
+    served: Mapping[str, float],
 ) -> Iterator[Sample]:
     found = {
         f"{way}, {count} thread{'s' * (count > 1)}": _per_s(make, offsets, count)
         for way, make in ways.items()
         for count in threads
     }
-    yield Sample(row, SIDE, max(found.values()))
+    limit = max(found.values())
+    if row in served:
+        limit = min(limit, served[row])
+        found["a server that does nothing"] = served[row]
+    yield Sample(row, SIDE, limit)
     if len(found) > 1:
         for name, per_s in found.items():
             yield Sample(row, f"{SIDE}: {name}", per_s)
@@ -179,6 +194,45 @@ def _per_s(make: Callable[[], Step], offsets: Sequence[int], threads: int) -> fl
 def _each(step: Step, offsets: Sequence[int]) -> None:
     for offset in offsets:
         step(offset)
+
+
+def _nothing(turn: Turn) -> dict[str, float]:
+    """By the row: what its client gets from a server that does nothing."""
+    scale = turn.scale
+    random = Load("randwrite", 4 * KiB, 32, scale.disk, scale.random)
+    large = Load("write", MiB, 8, scale.disk, scale.sequential)
+    path = turn.directory / "nothing.sock"
+    port = sides.free_port()
+    unix, tcp = f"nbd+unix:///?socket={path}", f"nbd://127.0.0.1:{port}/"
+    found = {}
+    with _nbdkit(f"size={scale.disk}", "-U", str(path), ready=path.exists):
+        found["lun-4k-write"] = loads.lean(unix, random, []).iops
+        found["lun-4k-read"] = loads.lean(unix, random._replace(rw="randread"), []).iops
+        found["lun-1m-write"] = loads.fio(unix, large, []).mib_s
+        found["lun-1m-read"] = loads.fio(unix, large._replace(rw="read"), []).mib_s
+    with _nbdkit(f"size={scale.disk}", "-i", "127.0.0.1", "-p", str(port), ready=partial(_listens, port)):
+        found["forwarded-4k-saved"] = found["forwarded-4k-first"] = loads.lean(tcp, random, []).iops
+        found["forwarded-1m-first"] = loads.fio(tcp, large, []).mib_s
+    return found
+
+
+@contextmanager
+def _nbdkit(*arguments: str, ready: Callable[[], bool]) -> Iterator[None]:
+    process = subprocess.Popen(["nbdkit", "--foreground", "null", *arguments])
+    try:
+        while not ready():
+            if process.poll() is not None:
+                raise RuntimeError(f"nbdkit has ended with {process.returncode}")
+            time.sleep(0.01)
+        yield
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _replace_file_ms(directory: Path) -> float:
