@@ -15,6 +15,7 @@ import re
 from typing import Any, NamedTuple
 
 from tcmu_replication import __version__
+from tcmu_replication.control.quotes import double_quoted
 from tcmu_replication.errors import Error, Kind
 
 MAX_LENGTH = 64 << 10
@@ -24,9 +25,6 @@ MAX_DEPTH = 64
 
 _OUTSIDE = re.compile(rb"[\"'{}\[\]]")
 _IN_STRING = {quote: re.compile(quote + rb"|\\.", re.DOTALL) for quote in (b'"', b"'")}
-_STRING = re.compile(r""" "(?:[^"\\]|\\.)*" | '(?:[^'\\]|\\.)*' """, re.DOTALL | re.VERBOSE)
-_REQUOTED = {"\\'": "'", '"': '\\"'}
-_PIECE = re.compile(r'\\.|"', re.DOTALL)
 
 GENERIC, NO_COMMAND = "GenericError", "CommandNotFound"
 NOT_ACTIVE, NO_DEVICE = "DeviceNotActive", "DeviceNotFound"
@@ -148,22 +146,12 @@ def decode(data: bytes) -> dict[str, Any]:
     Raises BAD_REQUEST if it is anything else.
     """
     try:
-        message = _DECODER.decode(_double_quoted(data.decode()) if b"'" in data else data.decode())
+        message = _DECODER.decode(double_quoted(data.decode()) if b"'" in data else data.decode())
     except (ValueError, RecursionError) as error:
         raise Error(Kind.BAD_REQUEST, f"not JSON: {data[:80]!r}") from error
     if not isinstance(message, dict):
         raise Error(Kind.BAD_REQUEST, f"not a JSON object: {data[:80]!r}")
     return message
-
-
-def _double_quoted(text: str) -> str:
-    """The same text with all its strings in double quotes."""
-
-    def string(match: re.Match[str]) -> str:
-        inner = _PIECE.sub(lambda piece: _REQUOTED.get(piece[0], piece[0]), match[0][1:-1])
-        return f'"{inner}"'
-
-    return _STRING.sub(string, text)
 
 
 def parse_request(message: dict[str, Any], oob: bool = False) -> Request:
