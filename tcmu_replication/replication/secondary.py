@@ -43,7 +43,7 @@ from tcmu_replication.replication.stages import Action, Machine, Mode, Operation
 
 log = logging.getLogger(__name__)
 
-GRACE_S = 0.02
+GRACE_S = 0.005
 """Before a commit begins to use the machine: requests that waited for the failover go first."""
 
 Publish = Callable[[Node], Awaitable[None]]
