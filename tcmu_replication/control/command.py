@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 from typing import Annotated, Any, NamedTuple
 
@@ -45,6 +46,13 @@ class Command(NamedTuple):
     privilege: Privilege
     doc: str
     oob: bool = False
+
+    def prepare(self) -> None:
+        """Look at the types now, as the first call would: a failover should not wait for that."""
+        checking.type_of(self.arguments)
+        for document in (self.arguments, self.result or Nothing):
+            with contextlib.suppress(msgspec.ValidationError):
+                msgspec.convert({}, document)
 
     def decode(self, arguments: dict[str, Any]) -> Any:
         """The arguments as this command's struct. Raises BAD_REQUEST, in QEMU's words where QEMU has some."""

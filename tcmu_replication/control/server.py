@@ -60,6 +60,8 @@ class Server:
         assert not unknown, f"handlers without a row in the command table: {unknown}"
         self._handlers = {**handlers, **qemu.names(handlers, self.emit)}
         self._table = table
+        for name in self._handlers:
+            table[name].prepare()
         self._listeners: list[asyncio.Server] = []
         self._clients: dict[asyncio.Task[None], tuple[Session, asyncio.StreamWriter]] = {}
         self._throttle = Throttle()
