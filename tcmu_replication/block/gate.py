@@ -6,12 +6,14 @@ Everything from outside comes through here once; below, nodes trust each other.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
 from tcmu_replication.block.buffers import size
 from tcmu_replication.block.node import Buffers, Extent, Node
-from tcmu_replication.block.pending import Pending, attempt
+from tcmu_replication.block.pending import Pending, attempt, settle
 from tcmu_replication.errors import Error, Kind
 from tcmu_replication.units import format_size
 
@@ -21,7 +23,8 @@ class Gate(Node):
 
     A checkpoint calls `hold()`, waits for `drained()`, changes what lies below
     (`swap`), and calls `release()`: the requests made meanwhile then run in
-    the order in which they were made. Requests of no bytes end at once.
+    the order in which they were made (`quiet()` is all of that). Requests of no
+    bytes end at once.
 
     Counters since the start: `reads`, `writes` (zeroing included), `bytes_read`
     and `bytes_written`; what is refused does not count.
@@ -171,6 +174,16 @@ class Gate(Node):
         if self._releasing:
             self._releasing = self._held = False
         self.child.unplug()
+
+    @asynccontextmanager
+    async def quiet(self) -> AsyncIterator[None]:
+        """Within it nothing is under way, and new requests wait."""
+        self.hold()
+        try:
+            await settle(self.drained())
+            yield
+        finally:
+            self.release()
 
     def _wait(self, operation: str, *args: Any) -> Pending:
         promised = Pending()

@@ -13,16 +13,12 @@ from then on, since it would make a baseline of a disk that misses writes.
 
 from __future__ import annotations
 
-import asyncio
-import datetime
 import logging
 import random
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import NamedTuple, Protocol
-
-import msgspec
 
 from tcmu_replication.block import allocation_map
 from tcmu_replication.block.allocation_map import HERE, AllocationMap
@@ -35,6 +31,7 @@ from tcmu_replication.block.replication import Forward
 from tcmu_replication.errors import Error, Kind, from_os
 from tcmu_replication.jobs.job import Job
 from tcmu_replication.replication import manifest as manifests
+from tcmu_replication.replication.end import End, now
 from tcmu_replication.replication.manifest import Manifest
 from tcmu_replication.replication.stages import Action, Machine, Mode, Operation, Stage
 from tcmu_replication.units import BLOCK, MiB, format_size
@@ -68,7 +65,7 @@ class Peer(Protocol):
         """End `epoch`; the state after it."""
 
 
-class Primary:
+class Primary(End):
     """One primary. All commands are coroutines of the worker's loop and run one at a time.
 
     `connect(verify)` makes the remote node of the secondary's export, not yet
@@ -89,12 +86,9 @@ class Primary:
         detach: bool = False,
         failed: Callable[[Failure], None] = lambda failure: None,
     ) -> None:
-        self.name = name
-        self.disk = disk
-        self.machine = Machine(Mode.PRIMARY)
+        super().__init__(name, disk, directory)
         self._connect = connect
         self._peer = peer
-        self._directory = directory
         self._detach = detach
         self._failed = failed
         self._removed = False
@@ -103,20 +97,8 @@ class Primary:
         self.mirror = Mirror("mirror", disk, report=self._report, may_detach=self._may_detach)
         self.top = Gate(self.mirror)
         self.out_of_sync: AllocationMap | None = None
-        self._opened = False
-        self._lock = asyncio.Lock()
-        self.manifest = Manifest(name, Mode.PRIMARY, Stage.NONE, disk.length)
 
     # --- what is shown
-
-    @property
-    def stage(self) -> Stage:
-        return self.machine.stage
-
-    @property
-    def epoch(self) -> int:
-        """The pair's epoch as last seen; 0 before the first start."""
-        return self.manifest.epoch
 
     @property
     def job(self) -> Job | None:
@@ -133,17 +115,13 @@ class Primary:
         """Whether the replica was taken out of the mirror while replication runs."""
         return self._removed
 
-    def get_error(self) -> None:
-        """Raises QEMU's "not running" or "I/O error occurred"."""
-        self.machine.get_error()
-
     # --- life
 
     async def open(self) -> None:
         """Take up what the manifest says. Raises `Error`, with nothing changed."""
-        found = manifests.load(self._directory)
-        if found is not None:
-            found = self._check(found)
+        found = self._load()
+        if found is not None and not self._is_ours(found):
+            found = None
         if found is not None:
             self.manifest = found
             self.machine = Machine(Mode.PRIMARY, found.stage, found.error)
@@ -151,22 +129,15 @@ class Primary:
                 self._resume(found)
         self._opened = True
 
-    def _check(self, found: Manifest) -> Manifest | None:
-        if found.resource != self.name or found.length != self.disk.length:
-            raise Error(
-                Kind.BAD_CONFIG,
-                f"{self._directory} belongs to resource {found.resource!r} of {found.length} bytes, not to "
-                f"{self.name!r} of {self.disk.length} bytes; give each resource an overlay directory of its own",
-            )
-        if found.mode is Mode.PRIMARY:
-            return found
-        if found.stage not in (Stage.NONE, Stage.DONE):
+    def _is_ours(self, found: Manifest) -> bool:
+        """Whether it is a primary's. Raises `Error` if this host is still a secondary."""
+        if found.mode is not Mode.PRIMARY and found.stage not in (Stage.NONE, Stage.DONE):
             raise Error(
                 Kind.BAD_CONFIG,
                 f"this host is a secondary of {self.name} in stage {found.stage.value}, but the resource file "
                 "makes it the primary; fail over or stop before the roles are changed",
             )
-        return None
+        return found.mode is Mode.PRIMARY
 
     def _resume(self, found: Manifest) -> None:
         """Go on as a running primary after a restart of this process or of this host."""
@@ -228,19 +199,16 @@ class Primary:
     async def _connect_and_begin(self, anew: bool) -> None:
         state = await self._hello()
         remote = self._connect(self.verify)
-        self.top.hold()
         try:
-            await remote.open()
-            await settle(self.top.drained())
-            if not anew:
-                await self._probe(remote)
-            self._begin(state, remote)
+            async with self.top.quiet():
+                await remote.open()
+                if not anew:
+                    await self._probe(remote)
+                self._begin(state, remote)
         except Error:
             remote.close()
             await remote.wait_closed()
             raise
-        finally:
-            self.top.release()
 
     def _begin(self, state: PeerState, remote: Remote) -> None:
         """With requests held: from now on every write goes to both disks."""
@@ -329,17 +297,11 @@ class Primary:
             epoch = (await self._ours()).epoch
             await self._peer.prepare(epoch)
             began = time.monotonic()
-            self.top.hold()
-            try:
-                self.top.unplug()
-                await settle(self.top.drained())
+            async with self.top.quiet():
                 self._refuse_gap()
                 state = await self._peer.checkpoint(epoch)
                 pause = (time.monotonic() - began) * 1000
-            finally:
-                self.top.release()
-            now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-            self._save(epoch=state.epoch, checkpoint_at=now, checkpoint_pause_ms=round(pause, 3))
+            self._save(epoch=state.epoch, checkpoint_at=now(), checkpoint_pause_ms=round(pause, 3))
             log.info("%s: checkpoint, epoch %d, paused for %.1f ms", self.name, state.epoch, pause)
             return pause
 
@@ -373,15 +335,10 @@ class Primary:
                 raise Error(
                     Kind.INVALID_STATE, f"the mirror of {self.name} has no replica that could be removed"
                 )
-            self.top.hold()
-            try:
-                self.top.unplug()
-                await settle(self.top.drained())
+            async with self.top.quiet():
                 if self.filter.gap is None:
                     self.filter.gap = Error(Kind.PEER_LOST, "the replica was removed from the mirror")
                 self._removed = True
-            finally:
-                self.top.release()
             log.warning("%s: the replica was removed from the mirror, nothing is forwarded", self.name)
 
     async def add_replica(self) -> None:
@@ -391,10 +348,7 @@ class Primary:
                 raise Error(Kind.INVALID_STATE, f"no replica of {self.name} was removed")
             self._refuse_missed()
             await self.verify()
-            self.top.hold()
-            try:
-                self.top.unplug()
-                await settle(self.top.drained())
+            async with self.top.quiet():
                 self._refuse_missed()
                 # A flush that ended meanwhile did not reach the secondary.
                 flushed = self.remote.flush()
@@ -402,8 +356,6 @@ class Primary:
                 await settle(flushed)
                 self.filter.gap = None
                 self._removed = False
-            finally:
-                self.top.release()
             log.info("%s: the replica is in the mirror again", self.name)
 
     def _refuse_missed(self) -> None:
@@ -434,16 +386,11 @@ class Primary:
                     f"the local disk of {self.name} has failed and the secondary serves; "
                     "stop the initiators and fail over there",
                 )
-            self.top.hold()
-            try:
-                self.top.unplug()
-                await settle(self.top.drained())
+            async with self.top.quiet():
                 self._save(stage=Stage.DONE, error=None)
                 self.mirror.remove()
                 self.machine.forget_error()
                 self.machine.move(Operation.STOP)
-            finally:
-                self.top.release()
             await self._hang_up()
             log.info("%s: stopped, serving the disk alone", self.name)
             return True
@@ -486,10 +433,7 @@ class Primary:
         if self.machine.error is None:
             self.machine.record(f"not forwarded: {error}")
             log.error("%s: the secondary misses writes from now on: %s", self.name, error)
-            try:
-                self._save(error=self.machine.error)
-            except Error as also:
-                log.error("%s: and that could not be written down: %s", self.name, also)
+            self._write_down(error=self.machine.error)
         self._mark(offset, length)
 
     def _mark(self, offset: int, length: int) -> None:
@@ -523,9 +467,3 @@ class Primary:
         self.machine.record("the local disk failed; the secondary serves")
         log.critical("%s: the local disk failed; the secondary serves from now on", self.name)
         return True
-
-    def _save(self, **changes: object) -> None:
-        """Replace the manifest; only then is the change true."""
-        new = msgspec.structs.replace(self.manifest, **changes)
-        manifests.save(self._directory, new)
-        self.manifest = new

@@ -16,13 +16,10 @@ anywhere finds at its next open the old epoch or the new one, whole.
 from __future__ import annotations
 
 import asyncio
-import datetime
 import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
-
-import msgspec
 
 from tcmu_replication.block.copy_before_write import CopyBeforeWrite
 from tcmu_replication.block.gate import Gate
@@ -37,6 +34,7 @@ from tcmu_replication.jobs.commit import Commit
 from tcmu_replication.jobs.job import JobStatus
 from tcmu_replication.replication import manifest as manifests
 from tcmu_replication.replication import stages
+from tcmu_replication.replication.end import End, now
 from tcmu_replication.replication.epochs import Epochs, Pair
 from tcmu_replication.replication.manifest import Manifest
 from tcmu_replication.replication.stages import Action, Machine, Mode, Operation, Stage
@@ -53,7 +51,7 @@ Withdraw = Callable[[], Awaitable[None]]
 """End the export and its connections; when it returns no forwarded write comes any more."""
 
 
-class Secondary:
+class Secondary(End):
     """One secondary. All commands are coroutines of the worker's loop and run one at a time.
 
     `roots` are the nodes that a LUN can serve, by name: where top-id is looked up.
@@ -75,11 +73,8 @@ class Secondary:
         roots: Mapping[str, Node] | None = None,
         stage_changed: Callable[[], None] = lambda: None,
     ) -> None:
-        self.name = name
-        self.disk = disk
-        self.machine = Machine(Mode.SECONDARY)
+        super().__init__(name, disk, epochs.directory)
         self._epochs = epochs
-        self._directory = epochs.directory
         self._durable = durable
         self._publish = publish
         self._withdraw = withdraw
@@ -98,20 +93,8 @@ class Secondary:
         self._commit: Commit | None = None
         self._commit_task: asyncio.Task[None] | None = None
         self._sweeper: asyncio.Task[None] | None = None
-        self._opened = False
-        self._lock = asyncio.Lock()
-        self.manifest = Manifest(name, Mode.SECONDARY, Stage.NONE, disk.length)
 
     # --- what is shown
-
-    @property
-    def stage(self) -> Stage:
-        return self.machine.stage
-
-    @property
-    def epoch(self) -> int:
-        """The current epoch's number, from 1; 0 before the first start."""
-        return self.manifest.epoch
 
     @property
     def job(self) -> Commit | None:
@@ -135,17 +118,13 @@ class Secondary:
         """Forwarded requests under way."""
         return 0 if self._export is None else self._export.in_flight
 
-    def get_error(self) -> None:
-        """Raises QEMU's "not running" or "I/O error occurred"."""
-        self.machine.get_error()
-
     # --- life
 
     async def open(self) -> None:
         """Take up what the manifest says. Raises `Error`, with nothing changed."""
-        found = manifests.load(self._directory)
-        if found is not None:
-            found = self._check(found)
+        found = self._load()
+        if found is not None and not self._is_ours(found):
+            found = None
         if found is not None and found.stage is not Stage.NONE:
             await self._resume(found)
         # Only now: what the manifest names has been opened, so nothing else is needed any more.
@@ -176,22 +155,15 @@ class Secondary:
             pair.close()
             raise
 
-    def _check(self, found: Manifest) -> Manifest | None:
-        if found.resource != self.name or found.length != self.disk.length:
-            raise Error(
-                Kind.BAD_CONFIG,
-                f"{self._directory} belongs to resource {found.resource!r} of {found.length} bytes, not to "
-                f"{self.name!r} of {self.disk.length} bytes; give each resource an overlay directory of its own",
-            )
-        if found.mode is Mode.SECONDARY:
-            return found
-        if found.stage is Stage.RUNNING:
+    def _is_ours(self, found: Manifest) -> bool:
+        """Whether it is a secondary's. Raises `Error` if this host is still a primary."""
+        if found.mode is not Mode.SECONDARY and found.stage is Stage.RUNNING:
             raise Error(
                 Kind.BAD_CONFIG,
                 f"this host is a running primary of {self.name}, but the resource file makes it the secondary; "
                 "stop replication before the roles are changed",
             )
-        return None
+        return found.mode is Mode.SECONDARY
 
     def _after_restart(self, found: Manifest) -> str | None:
         """The error to go on with: this process may have died, or the host have lost its page cache."""
@@ -265,31 +237,28 @@ class Secondary:
             # What it removes is removed by name, and may have the names of the new pair.
             await self._sweeper
         pair = self._epochs.create(1)
-        self.top.hold()
         try:
             self.check_chain(pair.active, pair.hidden)
-            await settle(self.top.drained())
-            await self._make_durable(pair)
-            self._save(
-                stage=Stage.RUNNING,
-                generation=str(uuid.uuid4()),
-                epoch=1,
-                error=None,
-                boot=manifests.boot_id(),
-                clean=False,
-                checkpoint_at=_now(),
-                checkpoint_pause_ms=0.0,
-            )
-            self._pair = pair
-            self.machine.forget_error()
-            self.machine.move(Operation.START)
-            await self._activate(pair)
+            async with self.top.quiet():
+                await self._make_durable(pair)
+                self._save(
+                    stage=Stage.RUNNING,
+                    generation=str(uuid.uuid4()),
+                    epoch=1,
+                    error=None,
+                    boot=manifests.boot_id(),
+                    clean=False,
+                    checkpoint_at=now(),
+                    checkpoint_pause_ms=0.0,
+                )
+                self._pair = pair
+                self.machine.forget_error()
+                self.machine.move(Operation.START)
+                await self._activate(pair)
         except Error:
             if self._pair is not pair:
                 pair.destroy()
             raise
-        finally:
-            self.top.release()
 
     def check_chain(self, active: Node, hidden: Node) -> None:
         """What replication_start checks on a secondary, in its order and with its texts."""
@@ -327,7 +296,8 @@ class Secondary:
             try:
                 return await self._switch(new, self._export, began)
             except BaseException:
-                new.destroy()
+                if self._pair is not new:  # else the manifest names it
+                    new.destroy()
                 raise
             finally:
                 self.top.release()
@@ -375,9 +345,8 @@ class Secondary:
         await settle(self.top.drained())
         if self._durable:
             await settle(self.disk.flush())
-        now = _now()
         pause = (time.monotonic() - began) * 1000
-        self._save(epoch=self.epoch + 1, checkpoint_at=now, checkpoint_pause_ms=round(pause, 3))
+        self._save(epoch=self.epoch + 1, checkpoint_at=now(), checkpoint_pause_ms=round(pause, 3))
         old, self._pair = self._pair, new
         assert self._backup is not None
         assert old is not None
@@ -459,10 +428,7 @@ class Secondary:
             return
         self.machine.record(f"a forwarded write failed: {error}")
         log.error("%s: a forwarded write failed; the primary was told: %s", self.name, error)
-        try:
-            self._save(error=self.machine.error)
-        except Error as also:
-            log.error("%s: and that could not be written down: %s", self.name, also)
+        self._write_down(error=self.machine.error)
 
     async def _end_backup(self) -> None:
         """No forwarded write after this."""
@@ -480,14 +446,9 @@ class Secondary:
         """Drop both overlays: the LUN is the disk."""
         self._save(stage=Stage.DONE)
         await self._end_backup()
-        self.top.hold()
-        try:
-            self.top.unplug()
-            await settle(self.top.drained())
+        async with self.top.quiet():
             self.filter.reads = self.filter.writes = self.disk
             self.machine.move(operation)
-        finally:
-            self.top.release()
         old, self._pair = self._pair, None
         if old is not None:
             self._tidy_up(self._epochs.remove(old))
@@ -526,10 +487,7 @@ class Secondary:
         self.machine.record(f"commit to the disk failed: {error}")
         self.machine.move(Operation.COMMIT_FAILED)
         log.error("%s: commit to the disk failed: %s", self.name, error)
-        try:
-            self._save(stage=Stage.FAILOVER_FAILED, error=self.machine.error)
-        except Error as also:
-            log.error("%s: and that could not be written down: %s", self.name, also)
+        self._write_down(stage=Stage.FAILOVER_FAILED, error=self.machine.error)
         self._stage_changed()
 
     def _tidy_up(self, work: Callable[[], None]) -> None:
@@ -548,16 +506,6 @@ class Secondary:
                 thread.close()
 
         self._sweeper = asyncio.create_task(sweep())
-
-    def _save(self, **changes: object) -> None:
-        """Replace the manifest; only then is the change true."""
-        new = msgspec.structs.replace(self.manifest, **changes)
-        manifests.save(self._directory, new)
-        self.manifest = new
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
 
 
 def _walk(node: Node) -> list[Node]:
