@@ -583,12 +583,13 @@ class Overlay(Node):
 
 
 def held_runs(upper: Overlay, lower: Overlay, offset: int = 0) -> Iterator[tuple[int, int, bool]]:
-    """What either holds, as `upper` over `lower` reads it: (offset, length, known zero) from `offset` on, in order.
+    """What either holds, as `upper` over `lower` reads it: (offset, length, known zero), in order.
 
-    Runs are whole blocks, up to a page of the map each; the map is read page by page, as the iterator gets there.
+    Whole blocks that begin at `offset` or behind it, in runs of up to a page of the map each;
+    the map is read page by page, as the iterator gets there.
     """
     end = blocks_of(upper.length)
-    for first, last, state in allocation_map.merged(upper._map, lower._map, offset // BLOCK, end):
+    for first, last, state in allocation_map.merged(upper._map, lower._map, blocks_of(offset), end):
         start = first * BLOCK
         yield start, min(last * BLOCK, upper.length) - start, state == ZERO
 

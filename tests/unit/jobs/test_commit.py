@@ -17,7 +17,7 @@ from tcmu_replication.errors import Error, Kind
 from tcmu_replication.jobs import commit as commits
 from tcmu_replication.jobs.commit import Commit
 from tcmu_replication.jobs.job import JobStatus
-from tcmu_replication.units import BLOCK, MiB
+from tcmu_replication.units import BLOCK, MiB, round_down
 
 LENGTH = 8 * MiB + 512
 """The last block is a part."""
@@ -530,5 +530,20 @@ def test_commit_of_the_last_block_that_the_disk_ends_inside(tmp_path):
         with chain.commit() as (job, _, _):
             await job.run()
         assert bytes(disk.data[-513:]) == b"\0" + b"\7" * 512
+
+    asyncio.run(story())
+
+
+def test_last_block_that_the_disk_ends_inside_is_copied_once(tmp_path):
+    """A second copy would come after the block is forgotten, and undo what the LUN writes on the disk then."""
+
+    async def story():
+        last = round_down(LENGTH, BLOCK)
+        chain = Switch(tmp_path, Stuck(LENGTH, set()))
+        chain.active.write(0, [memoryview(b"\5" * MiB)])
+        chain.active.write(LENGTH - 1, [memoryview(b"\5")])
+        with chain.commit() as (job, _, _):
+            await job.run()
+        assert chain.disk.begun.count(last) == 1
 
     asyncio.run(story())
