@@ -1,11 +1,18 @@
-"""Blocking calls off the event loop's thread: the only place of the data path where threads exist."""
+"""Blocking calls off the event loop's thread: the only place of the data path where threads exist.
+
+A queue and a list, and not concurrent.futures: a read of a fast disk takes less
+time than its Future, and the loop is woken once for all that has ended and not
+once for each.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import os
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any
 
 from tcmu_replication.block.pending import Pending
@@ -13,6 +20,9 @@ from tcmu_replication.errors import Error, Kind, from_os
 
 BACKGROUND = 10
 """The niceness of threads whose work may wait: they make way for the loop's, which answers requests."""
+
+THREADS = 8
+"""So many reads of a disk are under way at a time. Each further one costs the loop more of the interpreter."""
 
 
 class Offload:
@@ -24,46 +34,86 @@ class Offload:
     """
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop | None = None, threads: int = 4, *, niceness: int = 0
+        self, loop: asyncio.AbstractEventLoop | None = None, threads: int = THREADS, *, niceness: int = 0
     ) -> None:
         """`loop` is where completions run; without it the running one.
 
         `niceness` is added to that of the threads (nice(2) of Linux changes the calling thread alone).
         """
         self._loop = loop or asyncio.get_running_loop()
-        self._pool = ThreadPoolExecutor(
-            threads, thread_name_prefix="offload", initializer=os.nice, initargs=(niceness,)
-        )
+        self._limit = threads
+        self._niceness = niceness
+        self._threads: list[Thread] = []
+        self._under_way = 0
+        self._closed = False
+        self._calls: SimpleQueue[tuple[Pending, Callable[[], Any], str] | None] = SimpleQueue()
+        self._ended: deque[tuple[Pending, Error | None, Any]] = deque()
+        self._told = False
 
     def __call__(self, call: Callable[[], Any], doing: str) -> Pending:
-        """Run `call()` in a thread. The Pending gets its value, or its `Error`.
+        """Run `call()` in a thread. The Pending gets its value, or its `Error`. On the loop's thread only.
 
         An OSError is translated with `doing` ("flush /dev/sdb"). Raises `Error`
         CANCELLED after `close`.
         """
+        if self._closed:
+            raise Error(Kind.CANCELLED, f"{doing}: this process is shutting down")
         pending = Pending()
-        try:
-            self._pool.submit(self._run, pending, call, doing)
-        except RuntimeError as error:
-            raise Error(Kind.CANCELLED, f"{doing}: this process is shutting down") from error
+        self._under_way += 1
+        self._calls.put((pending, call, doing))
+        if len(self._threads) < min(self._limit, self._under_way):
+            # A daemon: whoever forgets close() must not keep the process from ending.
+            thread = Thread(target=self._work, name=f"offload-{len(self._threads)}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
         return pending
 
     def close(self) -> None:
-        """Wait for the calls that run, and take no more. Twice is fine."""
-        self._pool.shutdown(wait=True)
+        """Wait for the calls that were given, and take no more. Twice is fine."""
+        self._closed = True
+        for _ in self._threads:
+            self._calls.put(None)
+        for thread in self._threads:
+            thread.join()
 
-    def _run(self, pending: Pending, call: Callable[[], Any], doing: str) -> None:
-        error: Error | None = None
-        value = None
+    def _work(self) -> None:
+        """What each thread does."""
+        os.nice(self._niceness)
+        while (given := self._calls.get()) is not None:
+            pending, call, doing = given
+            self._ended.append((pending, *_outcome(call, doing)))
+            # Whoever finds it set knows that _tell has not begun to look, and so will see this one.
+            if not self._told:
+                self._told = True
+                if not self._loop.is_closed():
+                    self._loop.call_soon_threadsafe(self._tell)
+
+    def _tell(self) -> None:
+        """On the loop: complete what has ended."""
+        self._told = False
+        left = len(self._ended)
         try:
-            value = call()
-        except Error as met:
-            error = met
-        except OSError as met:
-            error = from_os(met, doing)
-            error.__cause__ = met
-        except Exception as met:  # a defect must fail the request, for nobody reads the thread's future
-            error = Error(Kind.IO, f"{doing}: {met!r}")
-            error.__cause__ = met
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(pending.complete, error, value)
+            while left:
+                left -= 1
+                self._under_way -= 1
+                pending, error, value = self._ended.popleft()
+                pending.complete(error, value)
+        finally:
+            if left:  # a completion raised: the others come first all the same
+                self._loop.call_soon(self._tell)
+
+
+def _outcome(call: Callable[[], Any], doing: str) -> tuple[Error | None, Any]:
+    """The error or the value of a call."""
+    try:
+        return None, call()
+    except Error as met:
+        return met, None
+    except OSError as met:
+        error = from_os(met, doing)
+        error.__cause__ = met
+        return error, None
+    except Exception as met:  # a defect must fail the request, for nobody reads the thread's end
+        error = Error(Kind.IO, f"{doing}: {met!r}")
+        error.__cause__ = met
+        return error, None
