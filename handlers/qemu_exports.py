@@ -3,15 +3,9 @@
 It is one beside the resource's own, or on a secondary that one, if it is
 started where that listens (link_server.py).
 
-What can be exported, by QEMU's rules and in its words:
-
-    NAME, top, replication      the LUN
-    NAME-disk                   the disk; on a running secondary with pre-images saved before it is
-                                written, so this is what a primary connects to. It may be exported
-                                before replication starts, and ends when forwarded writes end
-    disk                        the disk, to be read: somebody else writes to it
-
-They last as long as the worker, as in QEMU.
+What can be exported is in qemu_exportable.py. Exports last as long as the
+worker, as in QEMU; but those that write to a secondary's disk end when
+forwarded writes end.
 """
 
 from __future__ import annotations
@@ -22,9 +16,7 @@ from collections.abc import Callable
 from msgspec import UNSET
 
 from tcmu_replication.block.file import File
-from tcmu_replication.block.gate import Gate
 from tcmu_replication.block.node import Node
-from tcmu_replication.block.pending import settle
 from tcmu_replication.control import qemu_block_schema as schema
 from tcmu_replication.control.command import Document, Nothing
 from tcmu_replication.control.server import Handler
@@ -33,30 +25,14 @@ from tcmu_replication.errors import Error, Kind
 from tcmu_replication.frontend.nbd import Export, Server
 from tcmu_replication.replication.primary import Primary
 from tcmu_replication.replication.secondary import Secondary
-from tcmu_replication.replication.stages import Stage
 from tcmu_replication.tls import Context
 
 from .link_server import LinkServer
 from .qemu_address import listening
+from .qemu_exportable import Exportable
 from .qemu_graph import WELL_FORMED, Graph
 
 Emit = Callable[[str, Document], None]
-
-
-class Device(Node):
-    """The disk as a device: `to` is the disk, or on a running secondary what saves pre-images first."""
-
-    def __init__(self, disk: Node) -> None:
-        super().__init__("device", disk.length, read_only=disk.read_only)
-        self.to = disk
-
-    @property
-    def child(self) -> Node:
-        return self.to
-
-    @property
-    def children(self) -> tuple[Node, ...]:
-        return (self.to,)
 
 
 class Exports:
@@ -79,11 +55,10 @@ class Exports:
         self._emit = emit
         self._tls = tls
         self._own = own
-        self._reader = Gate(disk)
-        self._switch = Device(disk)
-        self._device = Gate(self._switch)
+        self._exportable = Exportable(engine, disk, graph)
         self._server: Server | None = None
-        self._starting = asyncio.Lock()
+        self._starting = asyncio.Lock()  # looks names up, which a failover must not wait for
+        self._changing = asyncio.Lock()
         self._exports: dict[str, tuple[Export, str]] = {}
         self.commands: dict[str, Handler] = {
             "nbd-server-start": self._start,
@@ -99,25 +74,23 @@ class Exports:
 
     async def publish(self, forwarded: Node) -> None:
         """Forwarded writes are taken: who writes to the device writes there from now on."""
-        await self._point(forwarded)
+        # Not in turn: the LUN is held meanwhile, and an export that ends may wait for its requests.
+        await self._exportable.point(forwarded)
 
     async def withdraw(self) -> None:
         """No forwarded write after this: the device's exports end."""
-        for id in [id for id, (export, _) in self._exports.items() if export.node is self._device]:
-            await self._end(id)
-        await self._point(self._reader.child)
-
-    async def _point(self, node: Node) -> None:
-        self._device.hold()
-        try:
-            self._device.unplug()
-            await settle(self._device.drained())
-            self._switch.to = node
-        finally:
-            self._device.release()
+        device = self._exportable.device
+        async with self._changing:
+            for id in [id for id, (export, _) in self._exports.items() if export.node is device]:
+                await self._end(id)
+            await self._exportable.point(None)
 
     async def close(self) -> None:
         """End the server and all exports."""
+        async with self._changing:
+            await self._end_all()
+
+    async def _end_all(self) -> None:
         for id in list(self._exports):
             await self._end(id)
         server, self._server = self._server, None
@@ -162,9 +135,10 @@ class Exports:
         return tls
 
     async def _stop(self, arguments: Nothing, session: Session) -> None:
-        if self._server is None:
-            raise Error(Kind.INVALID_STATE, "NBD server not running")
-        await self.close()
+        async with self._changing:
+            if self._server is None:
+                raise Error(Kind.INVALID_STATE, "NBD server not running")
+            await self._end_all()
 
     async def _nbd_add(self, arguments: schema.NbdServerAdd, session: Session) -> None:
         """QEMU adds what cannot be written read-only, without a word."""
@@ -173,7 +147,7 @@ class Exports:
         writable = arguments.writable and not node.read_only
         if arguments.bitmap is not UNSET:
             raise Error(Kind.NOT_FOUND, f"Bitmap '{arguments.bitmap}' is not found")
-        self._export(name, arguments.device, name, arguments.description, writable)
+        await self._export(name, arguments.device, name, arguments.description, writable)
 
     async def _add(self, arguments: schema.BlockExportAdd, session: Session) -> None:
         if not WELL_FORMED.match(arguments.id):
@@ -186,53 +160,30 @@ class Exports:
         if arguments.writable and node.read_only:
             raise Error(Kind.READ_ONLY, "Cannot export read-only node as writable")
         name = arguments.node_name if arguments.name is UNSET else arguments.name
-        self._export(arguments.id, arguments.node_name, name, arguments.description, arguments.writable)
+        await self._export(arguments.id, arguments.node_name, name, arguments.description, arguments.writable)
 
-    def _export(self, id: str, what: str, name: str, description: object, writable: bool) -> None:
-        if id in self._exports:
-            raise Error(Kind.CONFLICT, f"Block export id '{id}' is already in use")
-        node, node_name = self._choose(what, writable)
-        if self._server is None:
-            raise Error(Kind.INVALID_STATE, "NBD server not running")
-        own = self._own
-        reserved = own is not None and own.server is self._server and own.name == name
-        # A primary of ours writes to what has this name, so nothing else may have it.
-        if name in self._server.exports or (reserved and not (writable and node is self._device)):
-            raise Error(Kind.CONFLICT, f"NBD server already has export named '{name}'")
-        export = Export(
-            name,
-            node,
-            description if isinstance(description, str) else "",
-            read_only=not writable,
-            exclusive=writable and node is self._device,
-        )
-        self._server.add(export)
-        self._exports[id] = export, node_name
-
-    def _choose(self, what: str, writable: bool) -> tuple[Gate, str]:
-        """The gate behind a device's or node's name, and the name of the node. Raises `Error`."""
-        graph = self._graph
-        if what in (graph.lun, "top", "replication"):
-            return self._engine.top, "top" if isinstance(self._engine, Primary) else "replication"
-        if what == graph.disk:
-            if writable:
-                self._check_writable()
-            return self._device, "disk" if self._switch.to is self._reader.child else "copy-before-write"
-        if what == "disk":
-            if writable:
-                raise _conflict("the LUN's chain")
-            return self._reader, "disk"
-        raise Error(
-            Kind.UNSUPPORTED,
-            f"node '{what}' is part of the chain and cannot be exported; {graph.lun}, {graph.disk} and disk can",
-        )
-
-    def _check_writable(self) -> None:
-        """Only a secondary that shows no disk of its own, or saves pre-images, lets others write to it."""
-        engine = self._engine
-        if isinstance(engine, Secondary) and (engine.stage is Stage.NONE or engine.forwarded is not None):
-            return
-        raise _conflict("the LUN")
+    async def _export(self, id: str, what: str, name: str, description: object, writable: bool) -> None:
+        async with self._changing:
+            if id in self._exports:
+                raise Error(Kind.CONFLICT, f"Block export id '{id}' is already in use")
+            node, node_name = self._exportable.choose(what, writable)
+            if self._server is None:
+                raise Error(Kind.INVALID_STATE, "NBD server not running")
+            own = self._own
+            reserved = own is not None and own.server is self._server and own.name == name
+            forwards = writable and node is self._exportable.device
+            # A primary of ours writes to what has this name, so nothing else may have it.
+            if name in self._server.exports or (reserved and not forwards):
+                raise Error(Kind.CONFLICT, f"NBD server already has export named '{name}'")
+            export = Export(
+                name,
+                node,
+                description if isinstance(description, str) else "",
+                read_only=not writable,
+                exclusive=forwards,
+            )
+            self._server.add(export)
+            self._exports[id] = export, node_name
 
     async def _nbd_remove(self, arguments: schema.NbdServerRemove, session: Session) -> None:
         await self._delete_export(arguments.name, arguments.mode)
@@ -241,12 +192,13 @@ class Exports:
         await self._delete_export(arguments.id, arguments.mode)
 
     async def _delete_export(self, id: str, mode: str) -> None:
-        if id not in self._exports:
-            raise Error(Kind.NOT_FOUND, f"Export '{id}' is not found")
-        assert self._server is not None
-        if mode == "safe" and self._server.clients(self._exports[id][0].name):
-            raise Error(Kind.CONFLICT, f"export '{id}' still in use")
-        await self._end(id)
+        async with self._changing:
+            if id not in self._exports:
+                raise Error(Kind.NOT_FOUND, f"Export '{id}' is not found")
+            assert self._server is not None
+            if mode == "safe" and self._server.clients(self._exports[id][0].name):
+                raise Error(Kind.CONFLICT, f"export '{id}' still in use")
+            await self._end(id)
 
     async def _end(self, id: str) -> None:
         export, _ = self._exports.pop(id)
@@ -256,19 +208,8 @@ class Exports:
 
     async def _query(self, arguments: Nothing, session: Session) -> list[schema.BlockExportInfo]:
         return [
-            schema.BlockExportInfo(id=id, type="nbd", node_name=self._now(export, node), shutting_down=False)
-            for id, (export, node) in self._exports.items()
+            schema.BlockExportInfo(
+                id=id, type="nbd", node_name=self._exportable.now(export.node, name), shutting_down=False
+            )
+            for id, (export, name) in self._exports.items()
         ]
-
-    def _now(self, export: Export, node: str) -> str:
-        if export.node is not self._device:
-            return node
-        return "disk" if self._switch.to is self._reader.child else "copy-before-write"
-
-
-def _conflict(by: str) -> Error:
-    return Error(
-        Kind.CONFLICT,
-        "Permission conflict on node 'disk': permissions 'write' are both required by an export "
-        f"(uses node 'disk' as 'root' child) and unshared by {by} (uses node 'disk' as 'file' child).",
-    )

@@ -1,0 +1,105 @@
+"""What can be exported over QMP, by QEMU's rules and in its words:
+
+    NAME, top, replication      the LUN
+    NAME-disk                   the disk; on a running secondary with pre-images saved before it is
+                                written, so this is what a primary connects to. It may be exported
+                                before replication starts, and ends when forwarded writes end
+    disk                        the disk, to be read: somebody else writes to it
+
+What else the chain is made of cannot be exported.
+"""
+
+from __future__ import annotations
+
+from tcmu_replication.block.file import File
+from tcmu_replication.block.gate import Gate
+from tcmu_replication.block.node import Node
+from tcmu_replication.block.pending import settle
+from tcmu_replication.errors import Error, Kind
+from tcmu_replication.replication.primary import Primary
+from tcmu_replication.replication.secondary import Secondary
+from tcmu_replication.replication.stages import Stage
+
+from .qemu_graph import Graph
+
+
+class Device(Node):
+    """The disk as a device: `to` is the disk, or on a running secondary what saves pre-images first."""
+
+    def __init__(self, disk: Node) -> None:
+        super().__init__("device", disk.length, read_only=disk.read_only)
+        self.to = disk
+
+    @property
+    def child(self) -> Node:
+        return self.to
+
+    @property
+    def children(self) -> tuple[Node, ...]:
+        return (self.to,)
+
+
+class Exportable:
+    """The gates behind one end's names. `device` is the one that forwarded writes may come through."""
+
+    def __init__(self, engine: Primary | Secondary, disk: File, graph: Graph) -> None:
+        self._engine = engine
+        self._disk = disk
+        self._graph = graph
+        self._reader = Gate(disk)
+        self._switch = Device(disk)
+        self.device = Gate(self._switch)
+
+    @property
+    def forwards(self) -> bool:
+        """Whether who writes to the device writes forwarded writes."""
+        return self._switch.to is not self._disk
+
+    async def point(self, forwarded: Node | None) -> None:
+        """Who uses the device uses this from now on; with None the disk itself."""
+        self.device.hold()
+        try:
+            self.device.unplug()
+            await settle(self.device.drained())
+            self._switch.to = self._disk if forwarded is None else forwarded
+        finally:
+            self.device.release()
+
+    def choose(self, what: str, writable: bool) -> tuple[Gate, str]:
+        """The gate behind a device's or node's name, and the name of the node. Raises `Error`."""
+        graph = self._graph
+        if what in (graph.lun, "top", "replication"):
+            return self._engine.top, "top" if isinstance(self._engine, Primary) else "replication"
+        if what == graph.disk:
+            if writable:
+                self._check_writable()
+            return self.device, "disk"
+        if what == "disk":
+            if writable:
+                raise _conflict("the LUN's chain")
+            return self._reader, "disk"
+        raise Error(
+            Kind.UNSUPPORTED,
+            f"node '{what}' is part of the chain and cannot be exported; {graph.lun}, {graph.disk} and disk can",
+        )
+
+    def _check_writable(self) -> None:
+        """Only a secondary that shows no disk of its own, or saves pre-images, lets others write to it.
+
+        A failover has begun when the device forwards no more, before the engine says so.
+        """
+        if isinstance(self._engine, Secondary) and (self._engine.stage is Stage.NONE or self.forwards):
+            return
+        raise _conflict("the LUN")
+
+    def now(self, node: Node, name: str) -> str:
+        """The name now of an exported node that had this name: the device's changes."""
+        return "copy-before-write" if node is self.device and self.forwards else name
+
+
+def _conflict(by: str) -> Error:
+    return Error(
+        Kind.CONFLICT,
+        "Permission conflict on node 'disk': permissions 'write' are both required by an export "
+        f"(uses node 'disk' as 'root' child) and unshared by {by} (uses node 'disk' as 'file' child).",
+    )
