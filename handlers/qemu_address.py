@@ -6,6 +6,7 @@ import asyncio
 import errno
 import functools
 import ipaddress
+import re
 import socket
 from collections.abc import Awaitable, Callable
 
@@ -15,6 +16,7 @@ from tcmu_replication.control import qemu_block_schema as schema
 from tcmu_replication.errors import Error, Kind
 from tcmu_replication.frontend.nbd import Server
 
+_PORT = re.compile("[0-9]{1,5}")
 _EVERY = {socket.AF_UNSPEC: "", socket.AF_INET: "0.0.0.0", socket.AF_INET6: "::"}
 
 
@@ -24,8 +26,9 @@ async def addresses(host: str, family: socket.AddressFamily = socket.AF_UNSPEC) 
         found = await asyncio.get_running_loop().getaddrinfo(
             host, None, family=family, type=socket.SOCK_STREAM
         )
-    except OSError as error:
-        raise Error(Kind.BAD_CONFIG, f"address resolution failed for {host}: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # ValueError: no name at all, too long or with a NUL
+        reason = error.strerror if isinstance(error, OSError) else "Name or service not known"
+        raise Error(Kind.BAD_CONFIG, f"address resolution failed for {host}: {reason}") from error
     return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
 
@@ -35,6 +38,8 @@ async def listening(make: Callable[[], Server], addr: schema.Inet | schema.Unix)
     Raises `Error`.
     """
     if isinstance(addr, schema.Unix):
+        if not addr.data.path or "\0" in addr.data.path:
+            raise Error(Kind.BAD_REQUEST, f"UNIX socket path '{addr.data.path}' is no file's")
         try:
             return await _try(make, lambda server: server.listen_unix(addr.data.path))
         except Error as error:
@@ -56,7 +61,7 @@ async def listening(make: Callable[[], Server], addr: schema.Inet | schema.Unix)
 
 def port(address: schema.InetSocketAddress) -> int:
     """Its port. Raises BAD_REQUEST if that is not a number."""
-    if not address.port.isascii() or not address.port.isdigit() or int(address.port) > 0xFFFF:
+    if not _PORT.fullmatch(address.port) or int(address.port) > 0xFFFF:
         raise Error(
             Kind.BAD_REQUEST,
             f"address resolution failed for {address.host}:{address.port}: the port must be a number up to 65535",

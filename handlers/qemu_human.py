@@ -19,6 +19,9 @@ from tcmu_replication.errors import Error, Kind
 from .qemu_blockdev import Blockdev
 
 _OPTION = re.compile(r"((?:[^,]|,,)*)(?:,|\Z)")
+_SECONDS = re.compile("[0-9]{1,10}")
+_MAX_DEPTH = 8
+"""Names within names: `file.server.host` has three. What is deeper is one name, which nothing has."""
 _SERVER = {"host": "inet", "port": "inet", "path": "unix"}
 """Options of an NBD connection that came before `server`, and the type of address that they belong to."""
 
@@ -66,7 +69,7 @@ def _options(text: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for option in filter(None, _OPTION.findall(text)):
         path, equals, value = option.partition("=")
-        *outer, last = path.split(".")
+        *outer, last = path.split(".", maxsplit=_MAX_DEPTH)
         into = found
         for step in outer:
             into = into.setdefault(step, {})
@@ -89,6 +92,6 @@ def _modern(options: dict[str, Any]) -> dict[str, Any]:
             if name in plain and isinstance(server := plain.setdefault("server", {"type": kind}), dict):
                 server[name] = plain.pop(name)
     delay = plain.get("reconnect-delay")
-    if isinstance(delay, str) and delay.isascii() and delay.isdigit():
+    if isinstance(delay, str) and _SECONDS.fullmatch(delay):
         plain["reconnect-delay"] = int(delay)
     return plain

@@ -41,7 +41,14 @@ def test_bytes_that_begin_no_object_or_nest_too_deep_are_refused_at_once(data: b
     "data",
     [
         *(b"x", b"[]", b"7", b"null", b'"a"', b"{", b"\xff", b"[" * 100_000, b"9" * 9999),
-        *(b'{"id":NaN}', b'{"id":-Infinity}', b'{"id":1e999}', '{"id":1}'.encode("utf-16-le")),
+        *(
+            b'{"id":"\\ud800"}',
+            b'{"id":"\\udcff\\ud800"}',
+            b'{"id":NaN}',
+            b'{"id":-Infinity}',
+            b'{"id":1e999}',
+            '{"id":1}'.encode("utf-16-le"),
+        ),
     ],
 )
 def test_text_that_is_no_object_is_refused(data: bytes) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import socket
 from typing import Any
 
@@ -133,5 +134,31 @@ def test_tls_is_the_resource_files(play: Any) -> None:
             await beta.ask("nbd-server-start", addr=addr, tls_authz="authz0")
         with pytest.raises(Error, match="NBD server not running"):
             await beta.ask("nbd-server-stop")
+
+    play(story, started=False)
+
+
+BAD = {
+    "number that is none": ({"host": "127.0.0.2", "port": "²"}, "the port must be a number up to 65535"),
+    "number that is too long": (
+        {"host": "127.0.0.2", "port": "9" * 5000},
+        "the port must be a number up to 65535",
+    ),
+    "label that is too long": ({"host": "a" * 64, "port": "0"}, "Name or service not known"),
+    "name with a NUL": ({"host": "a\0b", "port": "0"}, "Name or service not known"),
+    "no path": ({"path": ""}, "UNIX socket path '' is no file's"),
+    "path in no directory": ({"path": "\0abstract"}, "is no file's"),
+    "path that is too long": ({"path": "/" + "p" * 200}, "listen on"),
+    "path of a directory": ({"path": "/"}, "Failed to bind socket to /: Address already in use"),
+}
+
+
+@pytest.mark.parametrize(("data", "why"), BAD.values(), ids=list(BAD))
+def test_addresses_that_are_none(play: Any, data: dict[str, str], why: str) -> None:
+    async def story(alpha: End, beta: End) -> None:
+        addr = {"type": "inet" if "port" in data else "unix", "data": data}
+        for end in (alpha, beta):
+            with pytest.raises(Error, match=re.escape(why)):
+                await end.ask("nbd-server-start", addr=addr)
 
     play(story, started=False)

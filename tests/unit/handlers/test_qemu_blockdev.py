@@ -170,6 +170,27 @@ def test_options_of_drive_add_that_are_none(text: str) -> None:
         _options(text)
 
 
+LONG = {
+    "depth": (
+        "driver=nbd,server.type=unix,server.path=x," + "a." * 4000 + "b=1",
+        "Parameter 'a' is unexpected",
+    ),
+    "number": (
+        "driver=nbd,server.type=unix,server.path=x,reconnect-delay=" + "9" * 5000,
+        "expected: integer",
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "why"), LONG.values(), ids=list(LONG))
+def test_options_of_drive_add_that_are_too_long(play: Any, options: str, why: str) -> None:
+    async def story(alpha: End, beta: End) -> None:
+        said = await alpha.ask("human-monitor-command", command_line=f"drive_add -n b {options},node-name=n")
+        assert why in said
+
+    play(story, started=False)
+
+
 @pytest.mark.parametrize("line", ["", "drive_add", "drive_add x y", "drive_del", "drive_del a b"])
 def test_lines_that_are_none(play: Any, line: str) -> None:
     async def story(alpha: End, beta: End) -> None:
