@@ -26,7 +26,7 @@ from tcmu_replication.block.gate import Gate
 from tcmu_replication.block.mirror import Failure, Mirror
 from tcmu_replication.block.node import Node
 from tcmu_replication.block.pending import settle
-from tcmu_replication.block.remote import Remote
+from tcmu_replication.block.remote import Remote, State
 from tcmu_replication.block.replication import Forward
 from tcmu_replication.errors import Error, Kind, from_os
 from tcmu_replication.jobs.job import Job
@@ -342,20 +342,32 @@ class Primary(End):
             log.warning("%s: the replica was removed from the mirror, nothing is forwarded", self.name)
 
     async def add_replica(self) -> None:
-        """Put the filter back. Raises `Error(INVALID_STATE)` if the secondary has missed anything meanwhile."""
+        """Put the filter back, over a new connection where the old one was closed.
+
+        Raises `Error(INVALID_STATE)` if the secondary has missed anything meanwhile.
+        """
         async with self._lock:
-            if self.filter is None or self.remote is None or not self._removed:
+            remote = self.remote
+            if self.stage is not Stage.RUNNING or remote is None or not self._removed:
                 raise Error(Kind.INVALID_STATE, f"no replica of {self.name} was removed")
             self._refuse_missed()
             await self.verify()
-            async with self.top.quiet():
-                self._refuse_missed()
-                # A flush that ended meanwhile did not reach the secondary.
-                flushed = self.remote.flush()
-                self.remote.unplug()
-                await settle(flushed)
-                self.filter.gap = None
-                self._removed = False
+            try:
+                if remote.state is State.CLOSED:
+                    remote = self._connect(self.verify)
+                    await remote.open()
+                async with self.top.quiet():
+                    self._refuse_missed()
+                    # A flush that ended meanwhile did not reach the secondary.
+                    flushed = remote.flush()
+                    remote.unplug()
+                    await settle(flushed)
+                    self._attach(remote, None)
+            except Error:
+                if remote is not self.remote:
+                    remote.close()
+                    await remote.wait_closed()
+                raise
             log.info("%s: the replica is in the mirror again", self.name)
 
     def _refuse_missed(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -168,6 +169,85 @@ def test_options_of_drive_add() -> None:
 def test_options_of_drive_add_that_are_none(text: str) -> None:
     with pytest.raises(Error, match="Invalid parameter"):
         _options(text)
+
+
+async def replace(alpha: End) -> None:
+    """As QEMU's script when the secondary hangs, and then for the new one."""
+    [instance] = await alpha.ask("query-yank")
+    await alpha.ask("x-blockdev-change", parent="disk0", child="children.1")
+    await alpha.ask("yank", instances=[instance])
+    await alpha.ask("blockdev-del", node_name="replication")
+    await add(alpha)
+
+
+def test_replica_that_was_yanked_and_missed_nothing_is_connected_anew(play: Any) -> None:
+    async def story(alpha: End, beta: End) -> None:
+        await alpha.write(0, 1)
+        old = alpha.backstore.engine.remote
+        await replace(alpha)
+        with pytest.raises(Error, match="was removed from the mirror"):
+            await alpha.ask("checkpoint")
+        await alpha.ask("x-blockdev-change", parent="disk0", node="r")
+        assert alpha.backstore.engine.remote is not old
+        assert alpha.told("REPLICATION_LINK")[-1]["state"] == "connected"
+        await alpha.write(0, 2)
+        assert beta.disk[0] == 2
+        assert (await alpha.ask("checkpoint"))["epoch"] == 2
+
+    play(story)
+
+
+def test_replica_that_was_yanked_and_missed_a_write_stays_out(play: Any) -> None:
+    async def story(alpha: End, beta: End) -> None:
+        await replace(alpha)
+        await alpha.write(0, 1)
+        with pytest.raises(Error, match="misses writes"):
+            await alpha.ask("x-blockdev-change", parent="disk0", node="r")
+        assert alpha.backstore.engine.removed
+        assert alpha.backstore.engine.remote.state is State.CLOSED
+
+    play(story)
+
+
+def test_replica_that_was_yanked_stays_out_while_nobody_listens(play: Any) -> None:
+    """Once the secondary offers its export again, it is connected."""
+
+    async def story(alpha: End, beta: End) -> None:
+        link = alpha.backstore.resource.link
+        addr = {"type": "inet", "data": {"host": "127.0.0.2", "port": str(link.port)}}
+        await beta.ask("nbd-server-start", addr=addr)
+        await beta.ask("nbd-server-stop")
+        await replace(alpha)
+        with pytest.raises(Error, match="the server has no export 'disk0'"):
+            await alpha.ask("x-blockdev-change", parent="disk0", node="r")
+        assert alpha.backstore.engine.removed
+        await beta.ask("nbd-server-start", addr=addr)
+        await alpha.ask("x-blockdev-change", parent="disk0", node="r")
+        await alpha.write(0, 1)
+        assert beta.disk[0] == 1
+
+    play(story)
+
+
+def test_replica_is_not_put_back_behind_the_end_of_replication(play: Any) -> None:
+    """Two controllers at once: by the time that the second has its turn it has ended."""
+
+    async def story(alpha: End, beta: End) -> None:
+        await alpha.ask("x-blockdev-change", parent="disk0", child="children.1")
+        async with alpha.backstore.engine._lock:  # as under a third command
+            both = asyncio.gather(
+                alpha.ask("stop-replication"),
+                alpha.ask("x-blockdev-change", parent="disk0", node="replication"),
+                return_exceptions=True,
+            )
+            await asyncio.sleep(0)
+        stopped, added = await both
+        assert stopped["stage"] == "done"
+        assert str(added) == "no replica of disk0 was removed"
+        await alpha.write(0, 1)
+        assert beta.disk[0] == 0
+
+    play(story)
 
 
 LONG = {
