@@ -45,7 +45,7 @@ class NamedReplica:
         self._connect = connect
         self._given: Names | None = None
         self._child = False
-        self._forgotten = False
+        self._forgotten: Forward | None = None
         self._idle: Forward | None = None
 
     @property
@@ -54,7 +54,7 @@ class NamedReplica:
         if self._given is not None:
             return self._given
         engine = self._running()
-        if engine is None or (self._forgotten and engine.removed):
+        if engine is None or (engine.removed and engine.filter is self._forgotten):
             return None
         return Names("remote", "replication", nested=True)
 
@@ -91,8 +91,9 @@ class NamedReplica:
 
     def forget(self) -> None:
         """It is not there any more; it must not be attached."""
+        engine = self._running()
         self._given = self._idle = None
-        self._forgotten = True
+        self._forgotten = None if engine is None else engine.filter
 
     async def attach(self) -> None:
         """Make it the mirror's child. Raises `Error(INVALID_STATE)` if the secondary may miss writes."""

@@ -110,6 +110,22 @@ def test_there_is_one_replica(play: Any) -> None:
     play(story)
 
 
+def test_replica_that_was_forgotten_is_there_again_with_the_next_start(play: Any) -> None:
+    async def story(alpha: End, beta: End) -> None:
+        await alpha.ask("x-blockdev-change", parent="disk0", child="children.1")
+        await alpha.ask("blockdev-del", node_name="replication")
+        for end in (beta, alpha):
+            await end.ask("stop-replication")
+        for end in (beta, alpha):
+            await end.ask("start", assume_clean=True)
+        await alpha.ask("x-blockdev-change", parent="disk0", child="children.1")
+        await alpha.ask("x-blockdev-change", parent="disk0", node="replication")
+        await alpha.write(0, 6)
+        assert beta.disk[0] == 6
+
+    play(story)
+
+
 def test_new_replica_of_disks_that_differ_is_not_attached(play: Any) -> None:
     """After the end only the operator knows whether the disks were made equal again."""
 
