@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from tcmu_replication.block.pending import settle
-from tcmu_replication.control import schema
+from tcmu_replication.control import qemu, schema
 from tcmu_replication.control.command import Document, Privilege
 from tcmu_replication.control.server import Server
 from tcmu_replication.control.session import Session
@@ -38,8 +38,14 @@ class End:
         self.backstore: Any = await handler.load("replication").open("disk0", self.context)
         control = Server(self.backstore.commands, self.backstore.table)
         self._control = control
+        mine = self.backstore.commands | {"query-status": self._query_status}
+        self.handlers = mine | qemu.names(mine, self._emit)
         control.emit = self._emit  # type: ignore[method-assign]
         await self.backstore.listen(control)
+
+    async def _query_status(self, arguments: Document, session: Session) -> schema.Status:
+        """The worker's, which has no more to say here."""
+        return self.backstore.status([])  # type: ignore[no-any-return]
 
     def _emit(self, name: str, data: Document) -> None:
         assert isinstance(data, schema.EVENTS[name])
