@@ -2,8 +2,8 @@
 
 At every moment the chain (active over hidden over disk) reads the same: a block
 is copied to the disk, the disk is synced, and only then the block is forgotten,
-in hidden first and in active after it. So a commit that dies anywhere is simply
-done again from what is left.
+in hidden first and, when that is stable, in active after it. So a commit that
+dies anywhere is simply done again from what is left.
 
 It goes window by window. What a window will copy is decided in one go; a few
 threads copy it, sharing its pieces; when the last piece is on the disk the disk
@@ -211,6 +211,9 @@ class Commit(Job):
             raise
         for offset, length in window.settled():
             self._hidden.forget(offset, length)
+        # Else a loss of power could bring back a block in hidden alone, which is older than active's.
+        await settle(self._hidden.sync_map())
+        for offset, length in window.settled():  # fewer, if they were written meanwhile
             self._active.forget(offset, length)
             self.offset += length
         self._windows.popleft()
