@@ -582,14 +582,16 @@ class Overlay(Node):
                     self.data.discard(_position(offset, entry), length)
 
 
-def held_runs(upper: Overlay, lower: Overlay, offset: int = 0) -> Iterator[tuple[int, int, bool]]:
+def held_runs(
+    upper: Overlay, lower: Overlay, offset: int = 0, end: int | None = None
+) -> Iterator[tuple[int, int, bool]]:
     """What either holds, as `upper` over `lower` reads it: (offset, length, known zero), in order.
 
-    Whole blocks that begin at `offset` or behind it, in runs of up to a page of the map each;
+    Whole blocks that begin at `offset` or behind it and before `end`, in runs of up to a page of the map each;
     the map is read page by page, as the iterator gets there.
     """
-    end = blocks_of(upper.length)
-    for first, last, state in allocation_map.merged(upper._map, lower._map, blocks_of(offset), end):
+    behind = blocks_of(upper.length if end is None else end)
+    for first, last, state in allocation_map.merged(upper._map, lower._map, blocks_of(offset), behind):
         start = first * BLOCK
         yield start, min(last * BLOCK, upper.length) - start, state == ZERO
 

@@ -18,7 +18,7 @@ from functools import partial
 
 from tcmu_replication.block.buffers import part, size
 from tcmu_replication.block.node import Buffers, Extent, Node
-from tcmu_replication.block.overlay import Overlay
+from tcmu_replication.block.overlay import Overlay, held_runs
 from tcmu_replication.block.pending import Pending, after, attempt, gather
 from tcmu_replication.errors import Error, Kind
 from tcmu_replication.units import BLOCK, round_down
@@ -183,16 +183,17 @@ class Split(Node):
             return [(offset, length, self.disk)]
         end = offset + length
         parts: list[tuple[int, int, Node]] = []
-        while offset < end:
-            step = min(end, round_down(offset, BLOCK) + BLOCK) - offset
-            held = active.allocated(offset, step) or hidden.allocated(offset, step)
-            node: Node = active if held else self.disk
-            if parts and parts[-1][2] is node:
-                start, before, _ = parts[-1]
-                parts[-1] = (start, before + step, node)
-            else:
-                parts.append((offset, step, node))
-            offset += step
+        at = offset
+        for start, run, _ in held_runs(active, hidden, round_down(offset, BLOCK), end):
+            start, behind = max(start, offset), min(start + run, end)
+            if at < start:
+                parts.append((at, start - at, self.disk))
+            elif parts:
+                start = parts.pop()[0]
+            parts.append((start, behind - start, active))
+            at = behind
+        if at < end:
+            parts.append((at, end - at, self.disk))
         for start, run, node in parts:
             if node is active:
                 self._redo(start, run)

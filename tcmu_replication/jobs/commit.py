@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -67,6 +68,10 @@ class Run(NamedTuple):
     zero: bool
 
 
+def _end_of(run: Run) -> int:
+    return run.offset + run.length
+
+
 class Window:
     """Runs that are copied and synced together, and what has become of them."""
 
@@ -79,14 +84,9 @@ class Window:
         self.synced: Pending | None = None
 
     @property
-    def offset(self) -> int:
-        """Where the first run begins."""
-        return self.runs[0].offset
-
-    @property
     def end(self) -> int:
         """Where the last run ends."""
-        return self.runs[-1].offset + self.runs[-1].length
+        return _end_of(self.runs[-1])
 
     def take(self) -> Run | None:
         """The next piece for the thread that asks; None when there is none left."""
@@ -94,6 +94,16 @@ class Window:
             return self.left.popleft()
         except IndexError:
             return None
+
+    def written(self, offset: int, length: int) -> None:
+        """What it has of this range has to be copied again."""
+        end = offset + length
+        for at in range(bisect_right(self.runs, offset, key=_end_of), len(self.runs)):
+            run = self.runs[at]
+            if run.offset >= end:
+                return
+            first, last = max(offset, run.offset), min(end, _end_of(run))
+            self.redo.update(range(first // BLOCK, (last - 1) // BLOCK + 1))
 
     def settled(self) -> Iterator[tuple[int, int]]:
         """The parts of its runs that were not written since: (offset, length)."""
@@ -128,8 +138,7 @@ class Commit(Job):
     def redo(self, offset: int, length: int) -> None:
         """Active is written at this range: what the windows have of it has to be copied again."""
         for window in self._windows:
-            if offset < window.end and window.offset < offset + length:
-                window.redo.update(range(offset // BLOCK, (offset + length - 1) // BLOCK + 1))
+            window.written(offset, length)
 
     async def run(self) -> None:
         """Commit everything. Raises `Error` as soon as a part fails; what is left stays in the overlays."""

@@ -5,6 +5,7 @@ import random
 import shutil
 import threading
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -627,3 +628,49 @@ def test_what_the_lun_has_flushed_survives_a_loss_of_power(tmp_path, seed, fua):
 
     asyncio.run(story())
     assert lost.content() == model
+
+
+def test_large_zero_marks_to_be_copied_again_no_more_than_a_window_has(tmp_path):
+    async def story():
+        chain = Switch(tmp_path, HeldSync(LENGTH))
+        for offset in range(0, 4 * MiB, 2 * BLOCK):
+            chain.active.write(offset, [memoryview(b"\5" * BLOCK)])
+        with chain.commit() as (job, split, _):
+            running = asyncio.create_task(job.run())
+            await until(lambda: len(chain.disk.syncs) == commits.AHEAD)
+            split.zero(BLOCK - 512, LENGTH - BLOCK)
+            for window in job._windows:
+                assert window.redo == {run.offset // BLOCK for run in window.runs}
+            await finished(running, chain.disk)
+            assert chain.disk.data[: BLOCK - 512] == b"\5" * (BLOCK - 512)
+            assert not any(chain.disk.data[BLOCK - 512 :])
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_split_sends_each_block_where_it_is_held(tmp_path, seed):
+    rng = random.Random(seed)
+    chain = Switch(tmp_path, Memory(LENGTH))
+    for overlay in (chain.hidden, chain.active):
+        for _ in range(30):
+            offset = rng.randrange(LENGTH // BLOCK + 1) * BLOCK
+            overlay.zero(offset, min(rng.choice([1, 2, 300]) * BLOCK, LENGTH - offset))
+    told = set()
+    split = Split(
+        chain.active,
+        chain.hidden,
+        chain.disk,
+        lambda at, n: told.update(range(at // BLOCK, (at + n - 1) // BLOCK + 1)),
+    )
+    for _ in range(50):
+        start, end = sorted(rng.sample(range(LENGTH + 1), 2))
+        told.clear()
+        parts = split._parts(start, end - start)
+        assert parts[0][0] == start
+        assert parts[-1][0] + parts[-1][1] == end
+        assert all(a[0] + a[1] == b[0] and a[2] is not b[2] for a, b in pairwise(parts))
+        for offset, length, node in parts:
+            for at in (offset, offset + length - 1, *range(offset, offset + length, BLOCK)):
+                assert chain.holds(at) == (node is chain.active)
+                assert (at // BLOCK in told) == (node is chain.active)
