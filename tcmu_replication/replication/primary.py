@@ -352,22 +352,20 @@ class Primary(End):
                 raise Error(Kind.INVALID_STATE, f"no replica of {self.name} was removed")
             self._refuse_missed()
             await self.verify()
-            try:
-                if remote.state is State.CLOSED:
-                    remote = self._connect(self.verify)
+            if remote.state is State.CLOSED:
+                remote = self.remote = self._connect(self.verify)  # there already, so that it can be cut off
+                try:
                     await remote.open()
-                async with self.top.quiet():
-                    self._refuse_missed()
-                    # A flush that ended meanwhile did not reach the secondary.
-                    flushed = remote.flush()
-                    remote.unplug()
-                    await settle(flushed)
-                    self._attach(remote, None)
-            except Error:
-                if remote is not self.remote:
+                except Error:
                     remote.close()
-                    await remote.wait_closed()
-                raise
+                    raise
+            async with self.top.quiet():
+                self._refuse_missed()
+                # A flush that ended meanwhile did not reach the secondary.
+                flushed = remote.flush()
+                remote.unplug()
+                await settle(flushed)
+                self._attach(remote, None)
             log.info("%s: the replica is in the mirror again", self.name)
 
     def _refuse_missed(self) -> None:

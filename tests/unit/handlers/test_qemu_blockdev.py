@@ -245,6 +245,33 @@ def test_replica_that_was_yanked_stays_out_while_nobody_listens(play: Any) -> No
     play(story)
 
 
+@pytest.mark.parametrize("anew", [False, True], ids=["same connection", "new connection"])
+def test_yank_ends_the_wait_for_a_replica_that_is_put_back(play: Any, anew: bool) -> None:
+    """The LUN waits with it."""
+
+    async def story(alpha: End, beta: End) -> None:
+        if anew:
+            await replace(alpha)
+        else:
+            await alpha.ask("x-blockdev-change", parent="disk0", child="children.1")
+        forwarded = beta.backstore.engine.forwarded
+        forwarded.hold()
+        name = "r" if anew else "replication"
+        adding = asyncio.create_task(alpha.ask("x-blockdev-change", parent="disk0", node=name))
+        while not forwarded.waiting:
+            await asyncio.sleep(0)
+        writing = asyncio.create_task(alpha.write(0, 1))
+        await alpha.ask("yank", instances=await alpha.ask("query-yank"))
+        with pytest.raises(Error, match="was closed"):
+            await adding
+        await writing
+        forwarded.release()
+        assert (alpha.disk[0], beta.disk[0]) == (1, 0)
+        assert alpha.backstore.engine.machine.error is not None
+
+    play(story)
+
+
 def test_replica_is_not_put_back_behind_the_end_of_replication(play: Any) -> None:
     """Two controllers at once: by the time that the second has its turn it has ended."""
 
