@@ -89,7 +89,7 @@ class Overlay(Node):
             raise
         # Slots from _tail on are free, and so are these, which no mark has ever named.
         self._tail = self._map.slots
-        self._free: list[int] = []
+        self._free: set[int] = set()
         self._stored: dict[tuple[int, int], list[int]] = {}
         self._unmarked = 0
         if self.data.length <= (self._tail - 1) * BLOCK or self._map.here > self._tail:
@@ -498,10 +498,10 @@ class Overlay(Node):
 
     def _give_back(self, slot: int, count: int) -> None:
         """Slots that were taken and that no mark has ever named."""
-        if slot + count == self._tail:
-            self._tail = slot
-        else:
-            self._free += range(slot, slot + count)
+        self._free.update(range(slot, slot + count))
+        while self._tail - 1 in self._free:  # in whatever order they come back: others may want several
+            self._tail -= 1
+            self._free.remove(self._tail)
 
     def _claim(self, offset: int, length: int) -> int:
         """Where a range was stored; it is not counted as stored any more."""
@@ -571,6 +571,12 @@ class Overlay(Node):
             self.write(offset, zeroes(length))
 
     def _zero_blocks(self, first: int, last: int) -> None:
+        try:
+            self._map.prepare(first, last)
+        except Error as error:
+            if error.kind is not Kind.NO_SPACE or not self._make_space():
+                raise
+            self._map.prepare(first, last)
         for start, end, state in self._map.runs(first, last):
             if state == ZERO:
                 continue

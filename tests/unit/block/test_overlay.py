@@ -326,6 +326,18 @@ def test_overlay_stored_and_abandoned_leaves_no_trace_and_its_slots_are_used_aga
     assert content(overlay) == changed((8 * BLOCK, b"a" * BLOCK))
 
 
+def test_overlay_slots_given_back_in_any_order_serve_stores_of_several_blocks(
+    overlay: Overlay, tmp_path: Path
+) -> None:
+    data = memoryview(OLD)[: 2 * BLOCK]
+    for _ in range(30):
+        for offset in (0, 2 * BLOCK, 4 * BLOCK):
+            overlay.store(offset, data)
+        for offset in (2 * BLOCK, 0, 4 * BLOCK):
+            overlay.abandon(offset, len(data))
+    assert occupied(tmp_path / "active.data") == 6 * BLOCK
+
+
 def test_overlay_limit_counts_what_is_stored_and_not_marked(below: Memory, tmp_path: Path) -> None:
     overlay = Overlay.create("hidden", tmp_path / "hidden", below, limit=2 * BLOCK)
     overlay.store(0, memoryview(OLD)[: 2 * BLOCK])
@@ -359,6 +371,23 @@ def test_overlay_on_a_full_filesystem_asks_for_space_once(below: Memory, tmp_pat
         overlay.write(7 * BLOCK, [memoryview(b"n")])
     assert len(asked) == 2
     assert runs(overlay)[1:] == []
+
+
+@pytest.mark.parametrize("call", ["zero", "discard"])
+def test_overlay_zeroing_where_the_map_finds_no_space_asks_for_some(
+    below: Memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def make_space() -> bool:
+        monkeypatch.undo()
+        return True
+
+    def full(*_: object) -> None:
+        raise Error(Kind.NO_SPACE, "the filesystem is full")
+
+    overlay = Overlay.create("active", tmp_path / "active", below, make_space=make_space)
+    monkeypatch.setattr(overlay._map._file, "write", full)
+    getattr(overlay, call)(BLOCK, 2 * BLOCK)
+    assert content(overlay) == changed((BLOCK, bytes(2 * BLOCK)))
 
 
 @pytest.mark.parametrize("seed", range(10))
