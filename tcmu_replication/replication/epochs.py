@@ -112,7 +112,7 @@ class Epochs:
 
     def _note(self, overlay: Overlay) -> Overlay:
         """An overlay whose data file may occupy more than it uses."""
-        self._reclaimable.append(overlay)
+        self._reclaimable = [*(other for other in self._reclaimable if not other.ejected), overlay]
         return overlay
 
     def _make_space(self) -> bool:

@@ -198,3 +198,13 @@ def test_pair_being_retired_is_not_touched_to_make_space(tmp_path: Path, disk: M
     epochs.retire(pair)
     assert not epochs._make_space()
     pair.close()
+
+
+def test_pairs_destroyed_are_not_remembered(tmp_path: Path, disk: Memory) -> None:
+    epochs = Epochs(tmp_path, disk)
+    for _ in range(5):
+        pair = epochs.create(1)
+        pair.destroy()
+    pair = epochs.create(1)
+    assert epochs._reclaimable == [*pair]
+    pair.close()
