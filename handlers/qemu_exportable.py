@@ -15,10 +15,10 @@ from tcmu_replication.block.file import File
 from tcmu_replication.block.gate import Gate
 from tcmu_replication.block.node import Node
 from tcmu_replication.block.pending import settle
+from tcmu_replication.block.replication import Closed
 from tcmu_replication.errors import Error, Kind
 from tcmu_replication.replication.primary import Primary
 from tcmu_replication.replication.secondary import Secondary
-from tcmu_replication.replication.stages import Stage
 
 from .qemu_graph import Graph
 
@@ -84,11 +84,12 @@ class Exportable:
         )
 
     def _check_writable(self) -> None:
-        """Only a secondary that shows no disk of its own, or saves pre-images, lets others write to it.
+        """Only a secondary whose LUN shows nothing yet, or that saves pre-images, lets others write to it.
 
-        A failover has begun when the device forwards no more, before the engine says so.
+        Not the stage says so: it changes behind a failover, and a start that fails takes its own back.
         """
-        if isinstance(self._engine, Secondary) and (self._engine.stage is Stage.NONE or self.forwards):
+        engine = self._engine
+        if isinstance(engine, Secondary) and (isinstance(engine.filter.writes, Closed) or self.forwards):
             return
         raise _conflict("the LUN")
 

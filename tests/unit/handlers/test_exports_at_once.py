@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tcmu_replication.errors import Error
+from tcmu_replication.errors import Error, Kind
 from tests.support.nbd import Nbd
 from tests.unit.handlers.ends import End
 
@@ -97,5 +97,30 @@ def test_server_is_stopped_twice_while_exports_come_and_go(play: Any) -> None:
         assert (await beta.ask("failover", to="checkpoint"))["to"] == "checkpoint"
         await asyncio.gather(reading, return_exceptions=True)
         nbd.close()
+
+    play(story)
+
+
+def test_disk_is_not_exported_for_writing_during_a_new_start_that_may_fail(play: Any) -> None:
+    """The LUN serves the disk of the replication that is over, and goes on with it when the start has failed."""
+
+    async def story(alpha: End, beta: End) -> None:
+        engine, full = beta.backstore.engine, asyncio.Event()
+
+        async def fail(pair: object) -> None:
+            await full.wait()
+            raise Error(Kind.NO_SPACE, "no space left")
+
+        await beta.ask("stop-replication")
+        await beta.ask("nbd-server-start", addr=at_the_link(beta))
+        engine._make_durable = fail
+        starting = asyncio.create_task(beta.ask("start", assume_clean=True))
+        await until(lambda: engine.top.held)
+        [answer] = await outcomes(beta.ask("nbd-server-add", device="disk0-disk", writable=True))
+        full.set()
+        assert "Permission conflict" in answer
+        with pytest.raises(Error, match="no space left"):
+            await starting
+        assert beta.backstore._server.server.exports == ()
 
     play(story)
