@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import datetime
 import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import msgspec
@@ -30,6 +32,7 @@ class End:
         self.manifest = Manifest(name, self.mode, Stage.NONE, disk.length)
         self._directory = directory
         self._opened = False
+        self._ended = False
         self._lock = asyncio.Lock()
 
     @property
@@ -45,6 +48,16 @@ class End:
     def get_error(self) -> None:
         """Raises QEMU's "not running" or "I/O error occurred"."""
         self.machine.get_error()
+
+    @asynccontextmanager
+    async def _command(self) -> AsyncIterator[None]:
+        """Within it no other command runs. Raises `Error(CANCELLED)` for one that comes, or waited, too long."""
+        async with self._lock:
+            if self._ended:
+                raise Error(
+                    Kind.CANCELLED, f"the worker of {self.name} is shutting down; the command was not carried out"
+                )
+            yield
 
     def _load(self) -> Manifest | None:
         """The directory's manifest, or None. Raises `Error` if it is damaged or another resource's."""

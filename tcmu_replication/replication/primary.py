@@ -159,7 +159,7 @@ class Primary(End):
         """End the process's part; a running primary is taken up again at the next open."""
         async with self._lock:
             suspend = self._opened and self.machine.ask(Operation.CLOSE) is Action.SUSPEND
-            self._opened = False
+            self._opened, self._ended = False, True
             if suspend:
                 try:
                     flushed = self.mirror.flush()
@@ -181,7 +181,7 @@ class Primary(End):
         for it: it is not probed, what an earlier pairing missed is forgotten, and a
         pairing that is done begins again.
         """
-        async with self._lock:
+        async with self._command():
             before = self.machine
             if anew and self.stage is Stage.DONE:
                 self.machine = Machine(Mode.PRIMARY)
@@ -289,7 +289,7 @@ class Primary(End):
         New writes are held and those in flight awaited; then the secondary moves its
         epoch. If it does not answer, the writes go on and the epoch is learnt later.
         """
-        async with self._lock:
+        async with self._command():
             if self.machine.ask(Operation.CHECKPOINT) is Action.IGNORE:
                 return None
             self._refuse_gap()
@@ -325,7 +325,7 @@ class Primary(End):
         The stage stays; what is written from now on is marked as missed by the
         secondary, and is an error from the first such write. Raises `Error(INVALID_STATE)`.
         """
-        async with self._lock:
+        async with self._command():
             if (
                 self.filter is None
                 or self.stage is not Stage.RUNNING
@@ -346,7 +346,7 @@ class Primary(End):
 
         Raises `Error(INVALID_STATE)` if the secondary has missed anything meanwhile.
         """
-        async with self._lock:
+        async with self._command():
             remote = self.remote
             if self.stage is not Stage.RUNNING or remote is None or not self._removed:
                 raise Error(Kind.INVALID_STATE, f"no replica of {self.name} was removed")
@@ -387,7 +387,7 @@ class Primary(End):
 
     async def stop(self) -> bool:
         """End replication: the LUN serves this disk alone. False if QEMU's rules ignore it."""
-        async with self._lock:
+        async with self._command():
             if self.machine.ask(Operation.STOP) is Action.IGNORE:
                 return False
             if self.mirror.detached:

@@ -184,7 +184,7 @@ class Secondary(End):
         """End the process's part; a running secondary is taken up again at the next open."""
         async with self._lock:
             suspend = self._opened and self.machine.ask(Operation.CLOSE) is Action.SUSPEND
-            self._opened = False
+            self._opened, self._ended = False, True
             await self._end_tasks()
             if self._export is not None:
                 await self._withdraw()
@@ -216,7 +216,7 @@ class Secondary(End):
         `anew` begins a new pairing where an earlier one is done. Raises the table's
         error or the first failed check's, with nothing started.
         """
-        async with self._lock:
+        async with self._command():
             before = self.machine
             if anew and self.stage is Stage.DONE:
                 self.machine = Machine(Mode.SECONDARY)
@@ -281,7 +281,7 @@ class Secondary(End):
 
         A failure before the manifest is replaced leaves the old epoch in force.
         """
-        async with self._lock:
+        async with self._command():
             if self.machine.ask(Operation.CHECKPOINT) is Action.IGNORE:
                 return None
             if self._backup is None or self._export is None or self._pair is None:
@@ -305,7 +305,7 @@ class Secondary(End):
 
     async def prepare_checkpoint(self, epoch: int) -> None:
         """Do now what the checkpoint that ends `epoch` would else do while requests are held."""
-        async with self._lock:
+        async with self._command():
             if self.machine.ask(Operation.CHECKPOINT) is Action.MOVE_EPOCH and epoch == self.epoch:
                 await self._prepare()
 
@@ -363,7 +363,7 @@ class Secondary(End):
         had acknowledged. The LUN is writable when it returns.
         """
         operation = Operation.FAILOVER_TO_LATEST if latest else Operation.FAILOVER
-        async with self._lock:
+        async with self._command():
             action = self.machine.ask(operation)
             if action is Action.IGNORE:
                 return False
@@ -379,7 +379,7 @@ class Secondary(End):
 
     async def stop(self) -> bool:
         """End replication with a last checkpoint: the LUN serves what the primary wrote. False if ignored."""
-        async with self._lock:
+        async with self._command():
             if self.machine.ask(Operation.STOP) is Action.IGNORE:
                 return False
             await self._serve_disk(Operation.STOP)
@@ -388,7 +388,7 @@ class Secondary(End):
 
     async def backup_ended(self, reason: str) -> None:
         """The backup job is gone without a failover: no pre-images any more, so no forwarded writes either."""
-        async with self._lock:
+        async with self._command():
             if self.machine.ask(Operation.BACKUP_ENDED) is Action.RECORD_ERROR:
                 self.machine.record(reason)
                 self._save(error=self.machine.error)
@@ -400,7 +400,7 @@ class Secondary(End):
 
         Raises `Error(INVALID_STATE)` if none is under way.
         """
-        async with self._lock:
+        async with self._command():
             if self.stage is not Stage.FAILOVER or self._commit_task is None:
                 raise Error(Kind.INVALID_STATE, f"no commit of {self.name} is under way")
             self._commit_task.cancel()

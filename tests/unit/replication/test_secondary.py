@@ -730,3 +730,32 @@ def test_start_anew_that_fails_leaves_the_lun_serving_its_disk(site):
         assert await site.engine.start(Mode.SECONDARY, anew=True)
 
     run(story())
+
+
+def test_command_after_the_close_is_refused_and_changes_nothing(site):
+    async def story():
+        await started(site)
+        await site.forward(0, BLOCK)
+        async with site.engine._lock:  # a command is under way, and these come one after the other behind it
+            closing = asyncio.create_task(site.engine.close())
+            await asyncio.sleep(0)
+            commands = [
+                asyncio.create_task(command)
+                for command in (
+                    site.engine.failover(latest=False),
+                    site.engine.checkpoint(),
+                    site.engine.start(Mode.SECONDARY),
+                    site.engine.stop(),
+                )
+            ]
+            await asyncio.sleep(0)
+        await closing
+        for command in commands:
+            with pytest.raises(Error, match="shutting down; the command was not carried out") as refused:
+                await command
+            assert refused.value.kind is Kind.CANCELLED
+        await site.reopen()
+        assert site.engine.stage is Stage.RUNNING
+        assert await site.top(0) == {OLD}
+
+    run(story())
