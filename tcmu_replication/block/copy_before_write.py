@@ -40,7 +40,10 @@ PIECE = 256 * KiB
 """The most that is copied at once: it stays in a processor's cache between its read and its write."""
 
 READS = 16
-"""The most pieces of one request that are read beside each other: what bounds its memory."""
+"""The most pieces of one request that are read beside each other."""
+
+ALL_READS = 64
+"""When so many are read for all requests together each has one more at most: what bounds their memory."""
 
 TURN = 2 * MiB
 """What one request copies before others have their turn."""
@@ -82,6 +85,7 @@ class CopyBeforeWrite(Node):
         self._gathered: Batch | None = None
         self._running: Batch | None = None
         self._ready: deque[Waiting] = deque()
+        self._reads = 0
         self._stepping = False
         self._closing = False
         self._spare: dict[int, list[memoryview]] = {BLOCK: [], PIECE: []}
@@ -194,6 +198,7 @@ class CopyBeforeWrite(Node):
         else:
             waiting.rest = []
             waiting.under_way = 1
+            self._reads += 1
             reading.then(partial(self._read_ended, waiting))
         if not waiting.promised.done:
             return waiting.promised
@@ -250,7 +255,7 @@ class CopyBeforeWrite(Node):
     def _save(self, waiting: Waiting) -> None:
         """Save the next pieces, as many as have their turn; after an error no more."""
         copied = 0
-        while waiting.error is None and waiting.under_way < READS:
+        while waiting.error is None and waiting.under_way < (READS if self._reads < ALL_READS else 1):
             if copied >= TURN and self._make_way(waiting):
                 return
             piece = next(waiting.pieces, None)
@@ -261,6 +266,7 @@ class CopyBeforeWrite(Node):
                 waiting.error = error
             elif reading is not None:
                 waiting.under_way += 1
+                self._reads += 1
                 reading.then(partial(self._read_ended, waiting))
             copied += piece[1]
 
@@ -278,6 +284,7 @@ class CopyBeforeWrite(Node):
             self._into.save(at, data)
 
     def _read_ended(self, waiting: Waiting, ended: Pending) -> None:
+        self._reads -= 1
         if waiting.error is None:
             waiting.error = ended.error
         self._resume(waiting)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tcmu_replication.block.copy_before_write import LARGE, PIECE, READS, TURN, CopyBeforeWrite
+from tcmu_replication.block.copy_before_write import ALL_READS, LARGE, PIECE, READS, TURN, CopyBeforeWrite
 from tcmu_replication.block.faults import Faults, Rule
 from tcmu_replication.block.file import File
 from tcmu_replication.block.gate import Gate
@@ -238,6 +238,30 @@ def test_cbw_long_request_reads_a_bounded_part_of_its_range_at_once(tmp_path: Pa
     assert hidden.covers(0, length)
     assert reads.met == length // PIECE
     hidden.close()
+
+
+@DURABLE
+def test_cbw_many_long_requests_read_a_bounded_part_together_and_all_end(
+    tmp_path: Path, is_durable: bool
+) -> None:
+    number, length = 2 * ALL_READS, 3 * PIECE
+    memory = Memory(number * length)
+    memory.data[:] = b"\7" * len(memory.data)
+    disk = Faults(memory)
+    hidden = Overlay.create("hidden", tmp_path / "hidden", memory)
+    cbw = CopyBeforeWrite(disk, hidden, is_durable)
+    reads = disk.delay("read")
+    data = memoryview(b"n" * length)
+    pendings = [cbw.write(n * length, [data]) for n in range(number)]
+    cbw.unplug()
+    most = 0
+    while reads.held:
+        most = max(most, len(reads.held))
+        release(reads, len(reads.held) // 2)
+    assert most <= ALL_READS + number
+    assert all(pending is not None and pending.done and pending.error is None for pending in pendings)
+    assert memory.data == b"n" * len(memory.data)
+    assert hidden.covers(0, len(memory.data))
 
 
 def test_cbw_long_request_lets_others_have_their_turn(
