@@ -478,11 +478,12 @@ def test_lun_written_faster_than_it_is_copied_takes_turns_with_the_commit(tmp_pa
             job._gate = gate
             running = asyncio.create_task(job.run())
             answers = []
-            for count in range(10_000):
-                if running.done():
-                    break
-                answer = gate.write(0, [memoryview(bytes([count % 255 + 1]) * MiB)])
-                answers.append((count % 255 + 1, answer))
+            step = None
+            while not running.done():
+                before, step = step, ([*job._windows], gate.holds)
+                if step != before:  # at each step of the commit all is written anew
+                    byte = len(answers) % 255 + 1
+                    answers.append((byte, gate.write(0, [memoryview(bytes([byte]) * MiB)])))
                 await asyncio.sleep(0)
             await running
             assert gate.holds == gate.waited == MiB // commits.LAST
