@@ -154,19 +154,22 @@ class Overlay(Node):
     def read(self, offset: int, buffers: Buffers) -> Pending | None:
         """See `Node.read`."""
         length = len(buffers[0]) if len(buffers) == 1 else size(buffers)
-        first, last = offset // BLOCK, (offset + length - 1) // BLOCK + 1
-        if last - first == 1:
-            entry = self._map.entry(first)
-            slot = entry - 1 if 0 < entry < ZERO_FLAG else None
+        within = offset % BLOCK
+        if within + length <= BLOCK:
+            entry = self._map.entry(offset // BLOCK)
+            if not entry:
+                pending = self.child.read(offset, buffers)
+                return None if pending is None else self._read_anew(pending, offset, buffers)
+            slot = entry - 1 if entry < ZERO_FLAG else None
         else:
-            entries = self._map.entries(first, last)
-            entry, slot = entries[0], _slot_of_all(entries)
+            entries = self._map.entries(offset // BLOCK, (offset + length - 1) // BLOCK + 1)
+            slot = _slot_of_all(entries)
             if slot is None and any(entries):
                 return self._read_runs(offset, buffers, length)
+            if slot is None:
+                return self._read_below(offset, buffers)
         if slot is not None:
-            return self.data.read(slot * BLOCK + offset % BLOCK, buffers)
-        if not entry:
-            return self._read_below(offset, buffers)
+            return self.data.read(slot * BLOCK + within, buffers)
         clear(buffers)
         return None
 
@@ -529,8 +532,9 @@ class Overlay(Node):
 
     def _read_below(self, offset: int, buffers: Buffers) -> Pending | None:
         pending = self.child.read(offset, buffers)
-        if pending is None:
-            return None
+        return None if pending is None else self._read_anew(pending, offset, buffers)
+
+    def _read_anew(self, pending: Pending, offset: int, buffers: Buffers) -> Pending | None:
         return after(pending, lambda: self._read_arrived(offset, buffers))
 
     def _read_arrived(self, offset: int, buffers: Buffers) -> Pending | None:

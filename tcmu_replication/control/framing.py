@@ -148,7 +148,9 @@ def decode(data: bytes) -> dict[str, Any]:
     try:
         message = _DECODER.decode(double_quoted(data.decode()) if b"'" in data else data.decode())
         if b"\\u" in data:
-            json.dumps(message, ensure_ascii=False).encode()  # half of a surrogate pair is no text: ValueError
+            json.dumps(
+                message, ensure_ascii=False
+            ).encode()  # half of a surrogate pair is no text: ValueError
     except (ValueError, RecursionError) as error:
         raise Error(Kind.BAD_REQUEST, f"not JSON: {data[:80]!r}") from error
     if not isinstance(message, dict):

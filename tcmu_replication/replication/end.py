@@ -55,7 +55,8 @@ class End:
         async with self._lock:
             if self._ended:
                 raise Error(
-                    Kind.CANCELLED, f"the worker of {self.name} is shutting down; the command was not carried out"
+                    Kind.CANCELLED,
+                    f"the worker of {self.name} is shutting down; the command was not carried out",
                 )
             yield
 

@@ -179,6 +179,57 @@ def test_many_requests_at_once_are_answered_in_order(tmp_path: Path) -> None:
     live(tmp_path, body)
 
 
+class Arrivals:
+    """In place of a poll: when the server looks again, the client has said the next thing."""
+
+    def __init__(self, raw: Raw, sayings: list[bytes]) -> None:
+        self.raw = raw
+        self.sayings = sayings
+        self.looks = 0
+
+    def poll(self, timeout: int) -> bool:
+        assert timeout == 0, "the loop must not be kept waiting"
+        self.looks += 1
+        if self.looks % 3 or not self.sayings:
+            return False
+        self.raw.sock.sendall(self.sayings.pop(0))
+        return True
+
+
+@pytest.mark.parametrize(
+    ("at_once", "served"), [(nbd_connection.BUSY, True), (nbd_connection.BUSY - 1, False)]
+)
+def test_busy_client_is_served_again_before_the_loop_sleeps(
+    tmp_path: Path, at_once: int, served: bool
+) -> None:
+    async def body(it: House) -> None:
+        raw = await it.client()
+        (connection,) = it.server._connections
+        sayings = [transmission.request(Command.WRITE, n, 0, 64) + bytes([n]) * 64 for n in (101, 102)]
+        connection._arrived = arrivals = Arrivals(raw, sayings)
+        raw.sock.sendall(b"".join(transmission.request(Command.READ, n, 0, 64) for n in range(at_once)))
+        connection._readable()
+        assert it.memory.data[:64] == (bytes([102]) if served else bytes(1)) * 64
+        assert arrivals.looks <= 6 + nbd_connection.LOOKS
+        assert len(arrivals.sayings) == (0 if served else 2)
+
+    live(tmp_path, body)
+
+
+def test_client_that_never_stops_lets_others_have_their_turn(tmp_path: Path) -> None:
+    async def body(it: House) -> None:
+        raw = await it.client()
+        (connection,) = it.server._connections
+        count = 4 * nbd_connection.ROUNDS
+        again = transmission.request(Command.WRITE, 7, 0, 64) + b"x" * 64
+        connection._arrived = arrivals = Arrivals(raw, [again] * count)
+        raw.sock.sendall(again * nbd_connection.BUSY)
+        connection._readable()
+        assert count - len(arrivals.sayings) == nbd_connection.ROUNDS
+
+    live(tmp_path, body)
+
+
 def test_longest_write_and_read_in_one_piece(tmp_path: Path) -> None:
     async def body(it: House) -> None:
         it.memory = Memory(protocol.MAX_REQUEST)
