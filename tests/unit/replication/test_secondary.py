@@ -759,3 +759,32 @@ def test_command_after_the_close_is_refused_and_changes_nothing(site):
         assert await site.top(0) == {OLD}
 
     run(story())
+
+
+@pytest.mark.parametrize("after_the_manifest", [False, True])
+def test_checkpoint_that_fails_keeps_the_pair_that_the_manifest_names_and_no_other(
+    site, monkeypatch, after_the_manifest
+):
+    async def story():
+        await started(site)
+        await site.forward(0, BLOCK)
+        with monkeypatch.context() as patch:
+            if after_the_manifest:
+                patch.setattr(site.engine._backup, "retarget", broken)
+            else:
+                patch.setattr(site.engine, "_save", broken)
+            with pytest.raises(Error, match="on cue"):
+                await site.engine.checkpoint()
+        named = 2 if after_the_manifest else 1
+        assert {path.name for path in site.directory.glob("epoch-*")} >= {
+            f"epoch-{named:08d}.{role}.{kind}" for role in ("active", "hidden") for kind in ("data", "map")
+        }
+        assert bool(list(site.directory.glob("epoch-00000002*"))) == after_the_manifest
+        await site.reopen()
+        assert site.engine.epoch == named
+        assert await site.top(0) == ({FORWARDED} if after_the_manifest else {OLD})
+
+    def broken(*_args, **_changes):
+        raise Error(Kind.IO, "fails on cue")
+
+    run(story())
