@@ -4,7 +4,9 @@ import asyncio
 import random
 import shutil
 import threading
+import time
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,6 +28,11 @@ LENGTH = 8 * MiB + 512
 """The last block is a part."""
 
 
+def after_turns(turns, call):
+    """Make a call some turns of the loop later."""
+    asyncio.get_running_loop().call_soon(*((after_turns, turns - 1, call) if turns else (call,)))
+
+
 class SlowSync(Memory):
     """A disk whose sync takes a few turns of the loop, so that requests come in between.
 
@@ -38,13 +45,10 @@ class SlowSync(Memory):
 
     def flush(self):
         pending = Pending()
-        self._later(3, pending, bytes(self.data))
+        after_turns(2, partial(self._synced, pending, bytes(self.data)))
         return pending
 
-    def _later(self, turns, pending, stable):
-        if turns:
-            asyncio.get_running_loop().call_soon(self._later, turns - 1, pending, stable)
-            return
+    def _synced(self, pending, stable):
         self.stable = stable
         pending.complete()
 
@@ -189,6 +193,7 @@ def test_what_is_forgotten_survives_a_loss_of_power(tmp_path, seed):
                 for offset in blocks:
                     if not chain.holds(offset):
                         assert chain.disk.stable[offset : offset + BLOCK] == model[offset : offset + BLOCK]
+                time.sleep(0)  # lets the threads have the interpreter
                 await asyncio.sleep(0)
             await running
 
@@ -288,6 +293,7 @@ def test_write_to_what_is_forgotten_is_not_undone_by_a_later_pass(tmp_path):
                 for pending in chain.disk.syncs:
                     if not pending.done:
                         pending.complete()
+                time.sleep(0)  # lets the threads have the interpreter
                 await asyncio.sleep(0)
             await running
             assert late
@@ -571,13 +577,10 @@ class PowerLoss:
 
     def _sync(self):
         pending = Pending()
-        self._later(12, pending, self._marks())
+        after_turns(11, partial(self._synced, pending, self._marks()))
         return pending
 
-    def _later(self, turns, pending, marks):
-        if turns:
-            asyncio.get_running_loop().call_soon(self._later, turns - 1, pending, marks)
-            return
+    def _synced(self, pending, marks):
         self.synced = marks
         pending.complete()
 
