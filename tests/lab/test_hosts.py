@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import select
@@ -148,8 +149,13 @@ def test_fresh_lab_has_empty_disks(fresh_lab: Lab) -> None:
 def _processes(group: int) -> list[int]:
     """Descriptors of a process group's members, readable when they have ended."""
     listed = subprocess.run(["ps", "-eo", "pid=,pgid="], capture_output=True, text=True, check=True)
-    pairs = [line.split() for line in listed.stdout.splitlines()]
-    return [os.pidfd_open(int(pid)) for pid, pgid in pairs if int(pgid) == group]
+    descriptors = []
+    for line in listed.stdout.splitlines():
+        pid, pgid = line.split()
+        if int(pgid) == group:
+            with contextlib.suppress(ProcessLookupError):  # one that has ended since it was listed
+                descriptors.append(os.pidfd_open(int(pid)))
+    return descriptors
 
 
 def _have_ended(processes: list[int]) -> bool:
