@@ -14,29 +14,12 @@ from __future__ import annotations
 from tcmu_replication.block.file import File
 from tcmu_replication.block.gate import Gate
 from tcmu_replication.block.node import Node
-from tcmu_replication.block.pending import settle
 from tcmu_replication.block.replication import Closed
 from tcmu_replication.errors import Error, Kind
 from tcmu_replication.replication.primary import Primary
 from tcmu_replication.replication.secondary import Secondary
 
 from .qemu_graph import Graph
-
-
-class Device(Node):
-    """The disk as a device: `to` is the disk, or on a running secondary what saves pre-images first."""
-
-    def __init__(self, disk: Node) -> None:
-        super().__init__("device", disk.length, read_only=disk.read_only)
-        self.to = disk
-
-    @property
-    def child(self) -> Node:
-        return self.to
-
-    @property
-    def children(self) -> tuple[Node, ...]:
-        return (self.to,)
 
 
 class Exportable:
@@ -47,23 +30,17 @@ class Exportable:
         self._disk = disk
         self._graph = graph
         self._reader = Gate(disk)
-        self._switch = Device(disk)
-        self.device = Gate(self._switch)
+        self.device = Gate(disk)
 
     @property
     def forwards(self) -> bool:
         """Whether who writes to the device writes forwarded writes."""
-        return self._switch.to is not self._disk
+        return self.device.child is not self._disk
 
     async def point(self, forwarded: Node | None) -> None:
         """Who uses the device uses this from now on; with None the disk itself."""
-        self.device.hold()
-        try:
-            self.device.unplug()
-            await settle(self.device.drained())
-            self._switch.to = self._disk if forwarded is None else forwarded
-        finally:
-            self.device.release()
+        async with self.device.quiet():
+            self.device.swap(self._disk if forwarded is None else forwarded)
 
     def choose(self, what: str, writable: bool) -> tuple[Gate, str]:
         """The gate behind a device's or node's name, and the name of the node. Raises `Error`."""

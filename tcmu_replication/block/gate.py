@@ -150,7 +150,7 @@ class Gate(Node):
                 f"{child.name} has {child.length} bytes and {self.child.name} has {self.length}; "
                 "they must be equal",
             )
-        before, self._child = self.child, child
+        before, self.child = self.child, child
         self.read_only = child.read_only
         return before
 

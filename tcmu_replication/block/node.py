@@ -36,24 +36,22 @@ class Extent(NamedTuple):
 
 
 class Node:
-    """An element of a chain. A filter sets `child` and overrides what it changes."""
+    """An element of a chain. A filter gives its `child` and overrides what it changes."""
+
+    child: Node
+    """The node below; leaves have none. Not a property: every request passes here, at each node."""
 
     def __init__(self, name: str, length: int, child: Node | None = None, *, read_only: bool = False) -> None:
         self.name = name
         self.length = length
         self.read_only = read_only
-        self._child = child
-
-    @property
-    def child(self) -> Node:
-        """The node below (leaves have none)."""
-        assert self._child is not None, f"{self.name} is a leaf"
-        return self._child
+        if child is not None:
+            self.child = child
 
     @property
     def children(self) -> tuple[Node, ...]:
         """The nodes directly below, the one that is read from first."""
-        return () if self._child is None else (self._child,)
+        return (self.child,) if hasattr(self, "child") else ()
 
     def read(self, offset: int, buffers: Buffers) -> Pending | None:
         """Fill `buffers` from `offset`."""

@@ -646,7 +646,7 @@ def test_overlay_read_below_overtaken_by_a_save_is_of_one_time(
 
 
 def test_overlay_read_of_two_runs_fails_once_both_have_ended(overlay: Overlay, below: Memory) -> None:
-    overlay._child = slow = Faults(below)
+    overlay.child = slow = Faults(below)
     overlay.write(0, [memoryview(b"a" * BLOCK)])
     rule = slow.delay("read")
     overlay.data = broken = Faults(overlay.data)

@@ -16,6 +16,8 @@ import pytest
 
 from tcmu_replication.block.faults import Faults
 from tcmu_replication.block.memory import Memory
+from tcmu_replication.block.node import Buffers
+from tcmu_replication.block.pending import Pending
 from tcmu_replication.errors import Error, Kind
 from tcmu_replication.frontend import nbd_connection
 from tcmu_replication.frontend.nbd import Export, Server
@@ -226,6 +228,54 @@ def test_client_that_never_stops_lets_others_have_their_turn(tmp_path: Path) -> 
         raw.sock.sendall(again * nbd_connection.BUSY)
         connection._readable()
         assert count - len(arrivals.sayings) == nbd_connection.ROUNDS
+
+    live(tmp_path, body)
+
+
+class Watching(Memory):
+    """A disk that notes with each request whether its client has an answer to read."""
+
+    def __init__(self) -> None:
+        super().__init__(LENGTH)
+        self.answered: list[bool] = []
+        self.client: socket.socket | None = None
+
+    def look(self) -> None:
+        assert self.client is not None
+        try:
+            self.answered.append(bool(self.client.recv(1, socket.MSG_PEEK)))
+        except BlockingIOError:
+            self.answered.append(False)
+
+    def read(self, offset: int, buffers: Buffers) -> Pending | None:
+        self.look()
+        return super().read(offset, buffers)
+
+    def write(self, offset: int, buffers: Buffers, fua: bool = False) -> Pending | None:
+        self.look()
+        return super().write(offset, buffers, fua)
+
+
+@pytest.mark.parametrize(
+    ("command", "length"),
+    [(Command.READ, 4 * KiB), (Command.WRITE, 4 * KiB), (Command.READ, nbd_connection.SPARSE_FROM)],
+)
+def test_answers_to_a_large_batch_leave_before_it_is_done(
+    tmp_path: Path, command: Command, length: int
+) -> None:
+    async def body(it: House) -> None:
+        disk = Watching()
+        disk.data[:] = b"x" * LENGTH
+        it.server.add(Export("watching", disk))
+        raw = await it.client("watching")
+        disk.client = raw.sock
+        (connection,) = it.server._connections
+        before = nbd_connection.EARLY // length
+        data = bytes(length) if command == Command.WRITE else b""
+        for n in range(before + 2):
+            raw.sock.sendall(transmission.request(command, n, 0, length) + data)
+        connection._readable()
+        assert disk.answered == [False] * before + [True] * 2
 
     live(tmp_path, body)
 
@@ -525,6 +575,23 @@ def test_half_closed_client_gets_its_answers(tmp_path: Path) -> None:
         assert (await raw.chunk())[1] == 1
         slow.release()
         assert await raw.simple() == (7, 0)
+        assert await raw.hung_up()
+
+    live(tmp_path, body)
+
+
+@pytest.mark.parametrize("saying", [b"", transmission.request(Command.DISC, 0)])
+def test_client_that_leaves_behind_a_large_batch_gets_all_answers(tmp_path: Path, saying: bytes) -> None:
+    async def body(it: House) -> None:
+        raw = await it.client()
+        it.memory.data[:] = os.urandom(LENGTH)
+        count = 4 * nbd_connection.EARLY // (4 * KiB)
+        batch = [transmission.request(Command.READ, n, n * 4 * KiB, 4 * KiB) for n in range(count)]
+        raw.sock.sendall(b"".join(batch) + saying)
+        raw.sock.shutdown(socket.SHUT_WR)
+        for n in range(count):
+            _, kind, payload = await raw.chunk()
+            assert (kind, payload[8:]) == (1, it.memory.data[n * 4 * KiB : (n + 1) * 4 * KiB])
         assert await raw.hung_up()
 
     live(tmp_path, body)

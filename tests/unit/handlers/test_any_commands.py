@@ -180,7 +180,7 @@ def check_secondary(beta: End) -> None:
     running = engine.forwarded is not None
     assert running <= (engine.stage is Stage.RUNNING)
     exportable = exports._exportable
-    assert exportable._switch.to is (engine.forwarded if running else store.disk)
+    assert exportable.device.child is (engine.forwarded if running else store.disk)
     assert link._forwarded is engine.forwarded
     qmp = [export for export, _ in exports._exports.values()]
     if any(export.node is exportable.device and not export.read_only for export in qmp):
