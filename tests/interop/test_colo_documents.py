@@ -116,7 +116,8 @@ def control(worker: Worker) -> Path:
 
 @pytest.fixture
 def pair(tmp_path: Path) -> Iterator[Pair]:
-    with Pair(tmp_path, size=SIZE) as pair:
+    """A frozen end is waited for as long as may be: what the test does about it comes first."""
+    with Pair(tmp_path, size=SIZE, link={"timeout": 23.0, "reconnect-delay": 1.0}) as pair:
         yield pair
 
 

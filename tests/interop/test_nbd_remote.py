@@ -7,7 +7,6 @@ import contextlib
 import os
 import random
 import signal
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,8 @@ from tcmu_replication.errors import Error, Kind
 from tcmu_replication.nbd.uri import Address, Tcp, Unix
 from tcmu_replication.units import KiB, MiB
 from tests.support import tools
-from tests.support.tools import requires
+from tests.support.processes import free_port
+from tests.support.tools import PATIENCE_S, requires
 
 pytestmark = pytest.mark.interop
 
@@ -30,16 +30,10 @@ LENGTH = 8 * MiB
 
 def run(body: Callable[[], Awaitable[None]]) -> None:
     async def main() -> None:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_S):
             await body()
 
     asyncio.run(main())
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 def nbdkit(path: Path, *arguments: str) -> contextlib.AbstractAsyncContextManager[Any]:
@@ -72,7 +66,7 @@ def qemu_nbd(path: Path) -> contextlib.AbstractAsyncContextManager[Any]:
 
 @contextlib.asynccontextmanager
 async def opened(address: Address, export: str = "", **options: Any) -> AsyncIterator[Remote]:
-    remote = Remote("r", address, export, length=LENGTH, open_timeout=20, **options)
+    remote = Remote("r", address, export, length=LENGTH, open_timeout=PATIENCE_S, **options)
     await remote.open()
     try:
         yield remote
@@ -242,7 +236,10 @@ def test_qemu_nbd_killed_and_back_loses_nothing(tmp_path: Path) -> None:
             first = await stack.enter_async_context(qemu_nbd(tmp_path))
             remote = await stack.enter_async_context(
                 opened(
-                    address, "disk0", reconnect_delay=20, on_state=lambda state, _: states.put_nowait(state)
+                    address,
+                    "disk0",
+                    reconnect_delay=PATIENCE_S,
+                    on_state=lambda state, _: states.put_nowait(state),
                 )
             )
             model = bytearray(LENGTH)
@@ -277,13 +274,13 @@ def test_frozen_qemu_nbd_is_lost_and_comes_back(tmp_path: Path) -> None:
         async with qemu_nbd(tmp_path) as process:
             address = Unix(str(tmp_path / "nbd.sock"))
             async with opened(
-                address, "disk0", timeout=1, on_state=lambda state, _: states.put_nowait(state)
+                address, "disk0", timeout=4, on_state=lambda state, _: states.put_nowait(state)
             ) as remote:
                 process.send_signal(signal.SIGSTOP)
                 write = remote.write(0, [memoryview(b"data")])
                 remote.unplug()
                 assert write is not None
-                with pytest.raises(Error, match="no answer for 1 s") as caught:
+                with pytest.raises(Error, match="no answer for 4 s") as caught:
                     await write.wait()
                 assert caught.value.kind is Kind.PEER_LOST
                 assert remote.state is State.LOST

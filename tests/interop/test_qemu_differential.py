@@ -30,7 +30,7 @@ from tests.interop.differential.steps import (
 from tests.support import qemu
 from tests.support.tools import requires
 
-pytestmark = [pytest.mark.interop, pytest.mark.timeout(60), requires("qemu-system-x86_64", "qemu-img")]
+pytestmark = [pytest.mark.interop, requires("qemu-system-x86_64", "qemu-img")]
 
 STEPS = 150
 IN_MAKE_TEST = 24

@@ -26,7 +26,7 @@ from tests.interop.test_qemu_differential import seeds
 from tests.support import qemu
 from tests.support.tools import requires
 
-pytestmark = [pytest.mark.interop, pytest.mark.timeout(60), requires("qemu-system-x86_64")]
+pytestmark = [pytest.mark.interop, requires("qemu-system-x86_64")]
 
 STEPS = 60
 

@@ -14,10 +14,11 @@ from tcmu_replication.block.remote import Remote
 from tcmu_replication.frontend.nbd import Export, Server
 from tcmu_replication.nbd.uri import Tcp
 from tcmu_replication.tls import Context
-from tests.interop.test_nbd_remote import LENGTH, exercise, free_port
+from tests.interop.test_nbd_remote import LENGTH, exercise
 from tests.support import tools
 from tests.support.certificates import Authority
-from tests.support.tools import requires
+from tests.support.processes import free_port
+from tests.support.tools import PATIENCE_S, requires
 
 pytestmark = [pytest.mark.interop, requires("qemu-storage-daemon", "nbdcopy", "openssl")]
 
@@ -44,7 +45,7 @@ def credentials(certificates: Path | None, endpoint: str) -> tuple[list[str], st
 
 def run(body: Callable[[], Awaitable[None]]) -> None:
     async def main() -> None:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_S):
             await body()
 
     asyncio.run(main())
@@ -84,7 +85,9 @@ def test_our_remote_opens_its_export(tmp_path: Path, certificates: Path | None) 
         command += ["--export", "nbd,id=e,node-name=d,name=disk0,writable=on", "--pidfile", str(pid)]
         async with tools.server(*command, socket=pid):
             tls = context(certificates, server_side=False)
-            remote = Remote("r", Tcp("127.0.0.1", port), "disk0", length=LENGTH, open_timeout=20, tls=tls)
+            remote = Remote(
+                "r", Tcp("127.0.0.1", port), "disk0", length=LENGTH, open_timeout=PATIENCE_S, tls=tls
+            )
             await remote.open()
             await exercise(remote, 50)
             remote.close()

@@ -19,6 +19,7 @@ from tcmu_replication.control import schema
 from tcmu_replication.control.server import Server
 from tcmu_replication.control.session import Session
 from tcmu_replication.errors import Error, Kind
+from tests.support.tools import PATIENCE_S
 from tests.unit.control.documents import status
 
 pytestmark = pytest.mark.interop
@@ -53,7 +54,7 @@ def test_qemus_library_negotiates_calls_and_listens(tmp_path: Path) -> None:
         await client.disconnect()
         await server.close()
 
-    asyncio.run(asyncio.wait_for(main(), 30))
+    asyncio.run(asyncio.wait_for(main(), PATIENCE_S))
 
 
 @pytest.fixture
@@ -63,9 +64,9 @@ def served(tmp_path: Path) -> Iterator[Path]:
     server = Server({"query-status": query_status, "stop-replication": stop})
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
-    asyncio.run_coroutine_threadsafe(server.listen_unix(path), loop).result(30)
+    asyncio.run_coroutine_threadsafe(server.listen_unix(path), loop).result(PATIENCE_S)
     yield path
-    asyncio.run_coroutine_threadsafe(server.close(), loop).result(30)
+    asyncio.run_coroutine_threadsafe(server.close(), loop).result(PATIENCE_S)
     loop.call_soon_threadsafe(loop.stop)
     thread.join()
     loop.close()
@@ -78,7 +79,12 @@ def shell(path: Path, *options: str) -> list[str]:
 def test_qmp_shell_runs_what_is_typed(served: Path, tmp_path: Path) -> None:
     typed = "query-version\nstop-replication\nquery-status x=1\nfailover\nquery-qmp-schema\n"
     done = subprocess.run(
-        shell(served), input=typed, capture_output=True, text=True, timeout=60, env=_environment(tmp_path)
+        shell(served),
+        input=typed,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        env=_environment(tmp_path),
     )
     assert done.returncode == 0, done.stderr
     assert "tcmu-replication " in done.stdout
@@ -102,7 +108,7 @@ def test_qmp_shell_completes_the_names_of_commands(served: Path, tmp_path: Path)
         assert b"query-version" in seen
         assert b"tcmu-replication " in seen
         os.write(ours, b"\x04")
-        assert process.wait(30) == 0
+        assert process.wait(PATIENCE_S) == 0
     finally:
         process.kill()
         os.close(ours)

@@ -56,6 +56,13 @@ class Monitor:
         reply.get("error", {}).pop("data", None)
         return json.loads(json.dumps(reply).replace(str(self.directory), "DIR"))
 
+    def quit(self) -> dict[str, Any]:
+        """The reply to `quit`; the events may come before it or after it."""
+        reply = self.say(execute("quit"))
+        with contextlib.suppress(ConnectionResetError):
+            self.events += [json.loads(line)["event"] for line in self._file]
+        return reply
+
     def nbd(self, export: str) -> Nbd:
         """A connection to one of the exports that the script has made."""
         return Nbd(str(self.directory / "n.sock"), export, timeout=support.PATIENCE_S)
@@ -497,8 +504,8 @@ def play(script: list[Step], monitor: Monitor) -> list[tuple[str, Any]]:
         if callable(step):
             heard.append((str(step), step(monitor)))
             continue
-        reply = monitor.say(step)
         command = step.get("execute") or step.get("exec-oob")
+        reply = monitor.quit() if command == "quit" else monitor.say(step)
         if "return" in reply and command in SHOWN:
             reply["return"] = SHOWN[str(command)](reply["return"])
         description = reply.get("error", {}).get("desc", "")
@@ -509,7 +516,7 @@ def play(script: list[Step], monitor: Monitor) -> list[tuple[str, Any]]:
 
 
 def until_quit(events: list[str]) -> list[str]:
-    """What closing makes of exports comes before or after the answer to quit."""
+    """Without what closing makes of exports, of which there is more or less when the connection ends."""
     return events[: events.index("SHUTDOWN") + 1]
 
 

@@ -23,10 +23,11 @@ from tcmu_replication.frontend.nbd import Export, Server
 from tcmu_replication.nbd.uri import Tcp, Unix
 from tcmu_replication.tls import Context
 from tcmu_replication.units import KiB, MiB
-from tests.interop.test_nbd_remote import LENGTH, exercise, free_port
+from tests.interop.test_nbd_remote import LENGTH, exercise
 from tests.support import tools
 from tests.support.certificates import PAST, Authority
-from tests.support.tools import requires
+from tests.support.processes import free_port
+from tests.support.tools import PATIENCE_S, requires
 
 pytestmark = [pytest.mark.interop, requires("openssl")]
 
@@ -71,7 +72,7 @@ def serve(made: Path, tmp_path: Path, body: Callable[[Served], Awaitable[None]])
         await server.listen_unix(str(path))
         port = await server.listen_tcp("127.0.0.1", 0)
         try:
-            async with asyncio.timeout(90):
+            async with asyncio.timeout(PATIENCE_S):
                 await body(Served(node, port, path, made))
         finally:
             await server.close()
@@ -243,7 +244,7 @@ def test_what_was_agreed_before_tls_does_not_count_behind_it(made: Path, tmp_pat
         def client() -> bytes:
             sock = socket.create_connection(("127.0.0.1", served.port))
             with sock:
-                sock.settimeout(20)
+                sock.settimeout(PATIENCE_S)
                 take(sock, 18)
                 sock.sendall(FLAGS + option(8))
                 assert take_reply(sock) == 0x80000005
@@ -294,7 +295,7 @@ def test_client_that_sends_its_certificate_late_or_never(
             context.minimum_version = context.maximum_version = version
             context.load_verify_locations(made / "client/ca-cert.pem")
             with socket.create_connection(("127.0.0.1", served.port)) as sock:
-                sock.settimeout(20)
+                sock.settimeout(PATIENCE_S)
                 take(sock, 18)
                 sock.sendall(FLAGS + STARTTLS)
                 assert take_reply(sock) == 1
@@ -329,13 +330,17 @@ def remote_of(
 ) -> Remote:
     tls = Context(str(made / who), server_side=False, names=[name])
     return Remote(
-        "r", Tcp("127.0.0.1", port), "disk0", **{"length": LENGTH, "open_timeout": 20, **options}, tls=tls
+        "r",
+        Tcp("127.0.0.1", port),
+        "disk0",
+        **{"length": LENGTH, "open_timeout": PATIENCE_S, **options},
+        tls=tls,
     )
 
 
 def run(body: Callable[[], Awaitable[None]]) -> None:
     async def main() -> None:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_S):
             await body()
 
     asyncio.run(main())
@@ -366,7 +371,7 @@ def test_remote_over_nbdkit(made: Path, tmp_path: Path, unix: bool) -> None:
         async with tools.server(*command, socket=pid):
             tls = Context(str(made / "client"), server_side=False, names=["localhost"])
             address = Unix(str(where)) if unix else Tcp("127.0.0.1", port)
-            remote = Remote("r", address, "", length=LENGTH, open_timeout=20, tls=tls)
+            remote = Remote("r", address, "", length=LENGTH, open_timeout=PATIENCE_S, tls=tls)
             await remote.open()
             await exercise(remote, 60)
             remote.close()
@@ -392,7 +397,7 @@ def test_remote_is_told_why_there_is_no_connection(made: Path, tmp_path: Path, r
         port = free_port()
         async with qemu_nbd(made, tmp_path, port):
             if who is None:
-                remote = Remote("r", Tcp("127.0.0.1", port), "disk0", open_timeout=20)
+                remote = Remote("r", Tcp("127.0.0.1", port), "disk0", open_timeout=PATIENCE_S)
             else:
                 remote = remote_of(made, port, who, name=name, open_timeout=1)
             with pytest.raises(Error, match=said) as caught:
@@ -411,7 +416,7 @@ def test_qemu_nbd_killed_and_back_loses_nothing(made: Path, tmp_path: Path) -> N
         async with contextlib.AsyncExitStack() as stack:
             first = await stack.enter_async_context(qemu_nbd(made, tmp_path, port))
             remote = remote_of(
-                made, port, reconnect_delay=20, on_state=lambda state, _: states.put_nowait(state)
+                made, port, reconnect_delay=PATIENCE_S, on_state=lambda state, _: states.put_nowait(state)
             )
             await remote.open()
             pendings = []

@@ -13,6 +13,8 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tests.support.tools import PATIENCE_S
+
 READ, WRITE, DISCONNECT, FLUSH, TRIM, ZEROES = 0, 1, 2, 3, 4, 6
 
 _GREETING = struct.Struct(">8sQH")
@@ -45,7 +47,7 @@ Address = str | tuple[str, int]
 class Nbd:
     """One connection to `export` at `address`. Raises OSError if there is no such server or export."""
 
-    def __init__(self, address: Address, export: str, *, timeout: float = 60.0) -> None:
+    def __init__(self, address: Address, export: str, *, timeout: float = PATIENCE_S) -> None:
         if isinstance(address, str):
             self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             self._sock.settimeout(timeout)

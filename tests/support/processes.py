@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+from tests.support.tools import PATIENCE_S
+
 HOSTS = {"alpha": ("primary", "127.0.0.1"), "beta": ("secondary", "127.0.0.2")}
-READY_S = 30
+PORTS = iter(random.SystemRandom().sample(range(20000, 30000), 10000))
+"""Below those that the kernel gives to clients, who could take one between `free_port` and its use."""
 
 
 def free_port() -> int:
-    """A TCP port that nobody has at the moment."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.2", 0))
-        return probe.getsockname()[1]
+    """A TCP port that nobody has, on any address of this machine; another one at each call."""
+    for port in PORTS:
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("", port))
+            return port
+    raise AssertionError("every port has been given away")
 
 
 class Worker:
@@ -79,13 +85,11 @@ class Worker:
 
     def start(self) -> None:
         """Start it and wait until it serves."""
-        import socket
-
         address = self.directory / "notify"
         address.unlink(missing_ok=True)
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notices:
             notices.bind(str(address))
-            notices.settimeout(READY_S)
+            notices.settimeout(PATIENCE_S)
             with open(self.log, "ab") as log:
                 self.process = subprocess.Popen(
                     [*self._command, "serve", "disk0"],
@@ -117,11 +121,11 @@ class Worker:
         if self.process is not None and self.process.poll() is None:
             self.resume()
             self.process.terminate()
-            self.process.wait(60)
+            self.process.wait(PATIENCE_S)
 
     def cli(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """A command of the operator on this host."""
-        done = subprocess.run([*self._command, *words], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([*self._command, *words], capture_output=True, text=True, timeout=PATIENCE_S)
         if check:
             assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}\n{self.log.read_text()}"
         return done
@@ -134,7 +138,7 @@ class Worker:
         """qemu-io commands on this host's LUN."""
         words = [word for command in commands for word in ("-c", command)]
         done = subprocess.run(
-            ["qemu-io", "-f", "raw", self.uri, *words], capture_output=True, text=True, timeout=60
+            ["qemu-io", "-f", "raw", self.uri, *words], capture_output=True, text=True, timeout=PATIENCE_S
         )
         if check:
             assert done.returncode == 0, f"{commands}: {done.stdout}{done.stderr}"

@@ -27,10 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.nbd import Address, Nbd
+from tests.support.tools import PATIENCE_S
 
 PROGRAM = "qemu-system-x86_64"
-PATIENCE_S = 60.0
-"""How long anything here is waited for before a test fails."""
 
 
 class QmpError(Exception):

@@ -10,6 +10,11 @@ from pathlib import Path
 
 import pytest
 
+PATIENCE_S = 240.0
+"""How long a test waits for anything that is to come: only what hangs takes so long, on the slowest machine."""
+_LISTENING = "00010000"
+"""Of the flags in /proc/net/unix: the kernel's __SO_ACCEPTCON."""
+
 
 def requires(*programs: str) -> pytest.MarkDecorator:
     """Skip a test, naming what is missing, unless all `programs` are installed."""
@@ -31,13 +36,19 @@ async def run(*command: str) -> str:
     return out.decode()
 
 
+def listens(path: Path) -> bool:
+    """Whether somebody takes connections on a unix socket: its file is there a moment before that."""
+    rows = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:]]
+    return any(row[3] == _LISTENING and row[-1] == str(path) for row in rows)
+
+
 @asynccontextmanager
 async def server(*command: str, socket: Path) -> AsyncIterator[asyncio.subprocess.Process]:
-    """Run a server until it has made `socket`, and kill it in the end."""
+    """Run a server that listens on `socket`, or makes that file when it listens; kill it in the end."""
     process = await asyncio.create_subprocess_exec(*command)
     try:
-        async with asyncio.timeout(20):
-            while not socket.exists():
+        async with asyncio.timeout(PATIENCE_S):
+            while not (socket.is_file() or listens(socket)):
                 assert process.returncode is None, f"{command} ended with {process.returncode}"
                 await asyncio.sleep(0.01)
         yield process

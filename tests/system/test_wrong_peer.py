@@ -12,12 +12,12 @@ import pytest
 
 from tcmu_replication.units import MiB
 from tests.support.processes import Worker, free_port
-from tests.support.tools import requires
+from tests.support.tools import PATIENCE_S, listens, requires
 
 pytestmark = [pytest.mark.interop, requires("qemu-nbd", "qemu-io")]
 
 SIZE = 8 * MiB
-LINK: dict[str, object] = {"reconnect-delay": 1.0, "timeout": 2.0}
+LINK: dict[str, object] = {"reconnect-delay": 1.0, "timeout": 10.0}
 
 
 @contextlib.contextmanager
@@ -31,7 +31,7 @@ def exported(
     words = ["qemu-nbd", "-f", "raw", "-k", str(link), "-x", export, "-t", "-e", "8", *options, str(image)]
     process = subprocess.Popen(words)
     try:
-        while not link.exists():
+        while not listens(link):
             assert process.poll() is None
             time.sleep(0.01)
         yield process
@@ -55,7 +55,7 @@ def alpha(tmp_path: Path) -> Iterator[Worker]:
 
 def until(worker: Worker, said: str) -> None:
     """Until the log says so."""
-    end = time.monotonic() + 30
+    end = time.monotonic() + PATIENCE_S
     while said not in worker.log.read_text():
         assert time.monotonic() < end, worker.log.read_text()
         time.sleep(0.02)
