@@ -1,10 +1,17 @@
-"""What all tests share: where CI runs them nothing may be skipped."""
+"""What all tests share: where CI runs them nothing may be skipped, and nowhere is slowness a failure."""
 
 import os
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 STRICT = os.environ.get("CI") == "true"
+
+# A deadline of hypothesis is for one example; a machine that does something else meanwhile misses any.
+settings.register_profile(
+    "tests", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=STRICT
+)
+settings.load_profile("tests")
 
 
 @pytest.hookimpl(trylast=True)
