@@ -18,6 +18,7 @@ from tcmu_replication.cli import exits, main, waiting
 from tcmu_replication.control import schema
 from tcmu_replication.control.server import Server
 from tcmu_replication.errors import Error, Kind
+from tests.support.tools import PATIENCE_S
 from tests.unit.control.documents import status
 from tests.unit.daemon.test_config import GOOD
 
@@ -61,7 +62,7 @@ class Workers:
         self.loop.close()
 
     def _call(self, coroutine: Any) -> None:
-        asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(10)
+        asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(PATIENCE_S)
 
 
 @pytest.fixture
@@ -182,7 +183,7 @@ def test_name_or_all_must_be_said(place: Path, name: str, arguments: list[str]) 
 
 def test_all_asks_this_hosts_resources_at_the_same_time(workers: Workers) -> None:
     """Each waits for the other, so that one after the other would never end."""
-    both = threading.Barrier(2, timeout=10)
+    both = threading.Barrier(2, timeout=PATIENCE_S)
     checkpoint = schema.Checkpoint(epoch=1, at="2026-01-02T03:04:05Z", pause_ms=1)
 
     async def meet(arguments: Any, session: object) -> schema.Checkpoint:

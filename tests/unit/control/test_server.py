@@ -26,6 +26,7 @@ from tcmu_replication.control.connection import Connection
 from tcmu_replication.control.server import Server
 from tcmu_replication.control.session import Session
 from tcmu_replication.errors import Error, Kind
+from tests.support.tools import PATIENCE_S
 from tests.unit.control.documents import status
 
 
@@ -74,7 +75,7 @@ def with_worker(tmp_path: Path, body: Callable[[Worker, Path], Awaitable[None]])
             await worker.server.close()
         assert not path.exists()
 
-    asyncio.run(asyncio.wait_for(main(), 30))
+    asyncio.run(asyncio.wait_for(main(), PATIENCE_S))
 
 
 async def raw(path: Path) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -135,7 +136,7 @@ def test_result_that_breaks_the_schema_is_an_error_and_a_trace(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def body(worker: Worker, path: Path) -> None:
-        control = await Connection.unix(path, timeout=5)
+        control = await Connection.unix(path, timeout=PATIENCE_S)
         with pytest.raises(Error, match="Internal error in 'query-errors'"):
             await control.execute("query-errors")
         assert (await control.execute("query-status"))["resource"] == "disk0"
@@ -147,8 +148,8 @@ def test_result_that_breaks_the_schema_is_an_error_and_a_trace(
 
 def test_a_command_under_way_does_not_hold_up_other_connections(tmp_path: Path) -> None:
     async def body(worker: Worker, path: Path) -> None:
-        slow = await Connection.unix(path, timeout=5)
-        quick = await Connection.unix(path, timeout=5)
+        slow = await Connection.unix(path, timeout=PATIENCE_S)
+        quick = await Connection.unix(path, timeout=PATIENCE_S)
         waiting = asyncio.create_task(slow.execute("checkpoint"))
         await worker.holding.wait()
         assert (await quick.execute("query-status"))["epoch"] == 7
@@ -190,7 +191,7 @@ def test_what_a_client_asked_before_it_hung_up_is_carried_out(tmp_path: Path) ->
 
 def test_client_that_goes_during_a_command_harms_nobody(tmp_path: Path) -> None:
     async def body(worker: Worker, path: Path) -> None:
-        gone = await Connection.unix(path, timeout=5)
+        gone = await Connection.unix(path, timeout=PATIENCE_S)
         waiting = asyncio.create_task(gone.execute("checkpoint"))
         await worker.holding.wait()
         gone.close()
@@ -198,7 +199,7 @@ def test_client_that_goes_during_a_command_harms_nobody(tmp_path: Path) -> None:
             await waiting
         assert caught.value.kind is Kind.PEER_LOST
         worker.hold.set()
-        other = await Connection.unix(path, timeout=5)
+        other = await Connection.unix(path, timeout=PATIENCE_S)
         assert (await other.execute("query-status"))["epoch"] == 7
         other.close()
 
@@ -214,7 +215,7 @@ def test_garbage_ends_its_connection_with_a_log_line_and_nothing_else(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, garbage: bytes
 ) -> None:
     async def body(worker: Worker, path: Path) -> None:
-        other = await Connection.unix(path, timeout=5)
+        other = await Connection.unix(path, timeout=PATIENCE_S)
         reader, writer = await raw(path)
         writer.write(garbage)
         with contextlib.suppress(ConnectionResetError):  # if it closed with our bytes unread
@@ -233,7 +234,7 @@ def test_garbage_behind_commands_ends_the_connection_when_they_are_done(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, garbage: bytes
 ) -> None:
     async def body(worker: Worker, path: Path) -> None:
-        other = await Connection.unix(path, timeout=5)
+        other = await Connection.unix(path, timeout=PATIENCE_S)
         reader, writer = await raw(path)
         writer.write(b'{"execute":"qmp_capabilities"}{"execute":"checkpoint"}')
         await worker.holding.wait()
@@ -254,7 +255,7 @@ def test_client_that_goes_before_its_answers_leaves_no_line_in_the_log(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def body(worker: Worker, path: Path) -> None:
-        other = await Connection.unix(path, timeout=5)
+        other = await Connection.unix(path, timeout=PATIENCE_S)
         _, writer = await raw(path)
         writer.write(b'{"execute":"qmp_capabilities"}{"execute":"checkpoint"}' + 40 * b'{"execute":"start"}')
         await worker.holding.wait()
@@ -297,9 +298,9 @@ def test_network_that_goes_ends_its_connection_only(
         with monkeypatch.context() as patch:
             patch.setattr(asyncio.StreamReader, "read", fail)
             with pytest.raises(Error) as caught:
-                await Connection.unix(path, timeout=5)
+                await Connection.unix(path, timeout=PATIENCE_S)
             assert caught.value.kind is Kind.PEER_LOST
-        (await Connection.unix(path, timeout=5)).close()
+        (await Connection.unix(path, timeout=PATIENCE_S)).close()
 
     with_worker(tmp_path, body)
     gc.collect()
@@ -351,7 +352,7 @@ def test_socket_of_a_dead_process_is_replaced(tmp_path: Path) -> None:
         dead.bind(str(path))
 
     async def body(worker: Worker, path: Path) -> None:
-        (await Connection.unix(path, timeout=5)).close()
+        (await Connection.unix(path, timeout=PATIENCE_S)).close()
 
     with_worker(tmp_path, body)
 
@@ -361,7 +362,7 @@ def test_second_server_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
         with pytest.raises(Error, match=f"disk0 is already served by process {os.getpid()}") as caught:
             await Server({}).listen_unix(path)
         assert caught.value.kind is Kind.CONFLICT
-        (await Connection.unix(path, timeout=5)).close()
+        (await Connection.unix(path, timeout=PATIENCE_S)).close()
 
     with_worker(tmp_path, body)
 
@@ -389,7 +390,7 @@ def test_clients_of_nobody(tmp_path: Path) -> None:
         Client.unix(tmp_path / "disk0.sock")
     assert caught.value.kind is Kind.NOT_FOUND
     with pytest.raises(Error) as caught:
-        asyncio.run(Connection.unix(tmp_path / "disk0.sock", timeout=5))
+        asyncio.run(Connection.unix(tmp_path / "disk0.sock", timeout=PATIENCE_S))
     assert caught.value.kind is Kind.PEER_LOST
 
 
@@ -399,12 +400,12 @@ def test_peer_port_takes_peer_commands_of_the_peers_address_only(
     async def body(worker: Worker, path: Path) -> None:
         await worker.server.listen_tcp("127.0.0.1", 0, peer="127.0.0.2")
         port = worker.server.tcp_port
-        peer = await Connection.tcp("127.0.0.1", port, local="127.0.0.2", timeout=5)
+        peer = await Connection.tcp("127.0.0.1", port, local="127.0.0.2", timeout=PATIENCE_S)
         assert await peer.execute("peer-prepare", {"epoch": 3}) == {}
         with pytest.raises(Error, match="has not been found"):
             await peer.execute("start")
         with pytest.raises(Error) as caught:
-            await Connection.tcp("127.0.0.1", port, local="127.0.0.3", timeout=5)
+            await Connection.tcp("127.0.0.1", port, local="127.0.0.3", timeout=PATIENCE_S)
         assert caught.value.kind is Kind.PEER_LOST
         worker.server.emit("REPLICATION_STAGE", schema.StageChanged(stage="done", epoch=1))
         assert await peer.execute("peer-prepare", {"epoch": 4}) == {}
@@ -418,7 +419,7 @@ def test_peer_port_takes_peer_commands_of_the_peers_address_only(
 def test_peer_learns_that_the_connection_ended(tmp_path: Path) -> None:
     async def body(worker: Worker, path: Path) -> None:
         await worker.server.listen_tcp("127.0.0.1", 0, peer="127.0.0.1")
-        peer = await Connection.tcp("127.0.0.1", worker.server.tcp_port, local=None, timeout=5)
+        peer = await Connection.tcp("127.0.0.1", worker.server.tcp_port, local=None, timeout=PATIENCE_S)
         await worker.server.close()
         assert await peer.lost
         with pytest.raises(Error) as caught:
@@ -456,7 +457,7 @@ def test_error_of_a_peer_is_one_line(tmp_path: Path) -> None:
 
         path = tmp_path / "peer.sock"
         async with await asyncio.start_unix_server(say, str(path)):
-            connection = await Connection.unix(path, timeout=5)
+            connection = await Connection.unix(path, timeout=PATIENCE_S)
             with pytest.raises(Error) as caught:
                 await connection.execute("peer-hello")
             assert caught.value.detail == "no?ERROR: yes?[31m"
@@ -475,6 +476,6 @@ def test_connection_ends_at_a_server_that_talks_nonsense(tmp_path: Path) -> None
         path = tmp_path / "nonsense.sock"
         async with await asyncio.start_unix_server(nonsense, str(path)):
             with pytest.raises(Error, match="broke the protocol"):
-                await Connection.unix(path, timeout=5)
+                await Connection.unix(path, timeout=PATIENCE_S)
 
     asyncio.run(main())

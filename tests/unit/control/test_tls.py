@@ -18,7 +18,7 @@ from tcmu_replication.control.server import Server
 from tcmu_replication.errors import Error, Kind
 from tcmu_replication.tls import Context
 from tests.support.certificates import Authority
-from tests.support.tools import requires
+from tests.support.tools import PATIENCE_S, requires
 
 pytestmark = requires("openssl")
 
@@ -47,7 +47,7 @@ def with_server(tls: Context | None, body: Callable[[Server], Awaitable[None]]) 
         server = Server({"peer-hello": hello})
         await server.listen_tcp("127.0.0.1", 0, "127.0.0.1", tls)
         try:
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(PATIENCE_S):
                 await body(server)
         finally:
             await server.close()
@@ -57,7 +57,7 @@ def with_server(tls: Context | None, body: Callable[[Server], Awaitable[None]]) 
 
 async def hello(server: Server, tls: Context | None) -> int:
     """Ask; the epoch that is answered."""
-    connection = await Connection.tcp("127.0.0.1", server.tcp_port, local=None, timeout=10, tls=tls)
+    connection = await Connection.tcp("127.0.0.1", server.tcp_port, local=None, timeout=PATIENCE_S, tls=tls)
     try:
         state = await connection.execute("peer-hello", {"resource": "disk0", "protocol": schema.PROTOCOL})
         return int(state["epoch"])
@@ -113,7 +113,7 @@ def test_client_in_plain_text_is_told_nothing_and_noted(made: Path) -> None:
             assert b"QMP" not in await reader.read()
         writer.close()
         with pytest.raises(Error, match="it took the connection and says nothing") as caught:
-            await Connection.tcp("127.0.0.1", server.tcp_port, local=None, timeout=0.05)
+            await Connection.tcp("127.0.0.1", server.tcp_port, local=None, timeout=0.5)
         assert caught.value.kind is Kind.TIMED_OUT
 
     with_server(Context(str(made / "beta"), server_side=True, names=["alpha"], refused=noted.append), body)

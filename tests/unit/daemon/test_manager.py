@@ -22,11 +22,12 @@ from tcmu_replication.daemon.places import Context, socket_path
 from tcmu_replication.errors import Error, Kind
 from tcmu_replication.host.udev import Event
 from tcmu_replication.tcmu import uio
+from tests.support.tools import PATIENCE_S
 from tests.unit.daemon import fake_worker
 from tests.unit.daemon.test_config import GOOD
 
 NEVER_S = 3600.0
-LIMIT_S = 60
+LIMIT_S = PATIENCE_S
 
 
 class Fake:

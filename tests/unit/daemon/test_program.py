@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.tools import PATIENCE_S
+
 
 def start(place: Path, notify: str) -> subprocess.Popen[str]:
     """`tcmu-replication daemon` with empty directories of its own."""
@@ -29,7 +31,7 @@ def start(place: Path, notify: str) -> subprocess.Popen[str]:
 def notices(tmp_path: Path) -> socket.socket:
     channel = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     channel.bind(str(tmp_path / "notify"))
-    channel.settimeout(60)
+    channel.settimeout(PATIENCE_S)
     return channel
 
 
@@ -48,7 +50,7 @@ def test_daemon_is_ready_lists_its_workers_and_ends_in_order(tmp_path: Path, not
         daemon.send_signal(signal.SIGHUP)
         daemon.send_signal(signal.SIGTERM)
         assert notices.recv(4096) == b"STOPPING=1"
-        assert daemon.wait(60) == 0
+        assert daemon.wait(PATIENCE_S) == 0
         assert list((tmp_path / "run").iterdir()) == [tmp_path / "run" / "_manager.lock"]
     notices.close()
 
@@ -59,6 +61,6 @@ def test_second_daemon_says_why_it_ends(tmp_path: Path, notices: socket.socket) 
         with start(tmp_path, str(tmp_path / "notify")) as second:
             said = f"STATUS=a daemon runs on {tmp_path / 'run'} already: process {first.pid}"
             assert notices.recv(4096) == said.encode()
-            assert second.wait(60) == 3
+            assert second.wait(PATIENCE_S) == 3
         first.terminate()
     notices.close()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.processes import free_port
+from tests.support.tools import PATIENCE_S
 from tests.unit.handlers.ends import SIZE, End, Story
 
 
@@ -19,7 +20,7 @@ def play(tmp_path: Path) -> Callable[..., None]:
     Keywords change [link].
     """
     # An end that has gone is not waited for when the other closes.
-    link = {"port": free_port(), "control-port": free_port(), "reconnect-delay": 0.1, "timeout": 5.0}
+    link = {"port": free_port(), "control-port": free_port(), "reconnect-delay": 0.1, "timeout": 20.0}
 
     def describe(**changes: float) -> None:
         lines = ["[resource]", 'name = "disk0"', f"size = {SIZE}", "[link]"]
@@ -35,7 +36,7 @@ def play(tmp_path: Path) -> Callable[..., None]:
         await beta.open()
         await alpha.open()
         try:
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(PATIENCE_S):
                 if started:
                     await beta.ask("start")
                     await alpha.ask("start")

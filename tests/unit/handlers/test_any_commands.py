@@ -17,11 +17,12 @@ from tcmu_replication.replication import manifest as manifests
 from tcmu_replication.replication.stages import Stage
 from tcmu_replication.units import BLOCK
 from tests.support.processes import free_port
+from tests.support.tools import PATIENCE_S
 from tests.unit.handlers.ends import SESSION, End
 
 BLOCKS = 8
-LIMIT_S = 30.0
-"""A command that takes longer hangs: nothing here waits for longer than [link]'s timeout of 5 s."""
+LIMIT_S = PATIENCE_S
+"""A command that takes longer hangs: nothing here waits for longer than [link]'s timeout of 20 s."""
 
 NODES = [
     "disk0",

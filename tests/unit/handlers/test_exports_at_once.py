@@ -9,6 +9,7 @@ import pytest
 
 from tcmu_replication.errors import Error, Kind
 from tests.support.nbd import Nbd
+from tests.support.tools import PATIENCE_S
 from tests.unit.handlers.ends import End
 
 
@@ -28,7 +29,7 @@ async def outcomes(*asked: Any) -> list[str]:
 
 
 async def until(condition: Any) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while not condition():
             await asyncio.sleep(0)
 

@@ -102,7 +102,7 @@ def test_forwarded_writes_may_have_their_name_before_the_start(play: Any) -> Non
 def test_first_free_port_of_a_range(play: Any) -> None:
     async def story(alpha: End, beta: End) -> None:
         with socket.socket() as busy:
-            busy.bind(("127.0.0.1", 0))
+            busy.bind(("127.0.0.1", free_port()))
             busy.listen()
             port = busy.getsockname()[1]
             with pytest.raises(Error, match="Failed to find an available port"):

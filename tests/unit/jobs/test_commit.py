@@ -23,6 +23,7 @@ from tcmu_replication.jobs import commit as commits
 from tcmu_replication.jobs.commit import Commit
 from tcmu_replication.jobs.job import JobStatus
 from tcmu_replication.units import BLOCK, MiB, round_down
+from tests.support.tools import PATIENCE_S
 
 LENGTH = 8 * MiB + 512
 """The last block is a part."""
@@ -377,7 +378,7 @@ class Stuck(Memory):
             raise Error(Kind.IO, "the medium is broken")
         self.begun.append(offset)
         if offset in self.stuck:
-            assert self.go.wait(60)
+            assert self.go.wait(PATIENCE_S)
         super().write(offset, buffers, fua)
         self.ended.append(offset)
 
@@ -506,9 +507,7 @@ def test_what_is_in_flight_ends_before_the_last_blocks_are_copied(tmp_path):
         with chain.commit() as (job, _, gate):
             gate.flush()
             running = asyncio.create_task(job.run())
-            for _ in range(10):
-                await asyncio.sleep(0.001)
-            assert gate.held
+            await until(lambda: gate.held)
             assert not any(chain.disk.data)
             await finished(running, chain.disk)
             assert chain.disk.data[:BLOCK] == b"\5" * BLOCK

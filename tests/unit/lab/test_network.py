@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.lab.channel import PATIENCE_S
 from tests.lab.network import Network
 from tests.unit.lab.test_switch import ALL, A, B, frame
 
@@ -22,7 +23,7 @@ def net() -> Iterator[Network]:
 
 
 def receive(port: socket.socket) -> bytes:
-    assert select.select([port], [], [], 10)[0], "no frame within 10 s"
+    assert select.select([port], [], [], PATIENCE_S)[0], "no frame comes"
     return port.recv(1 << 16)
 
 

@@ -17,7 +17,7 @@ from tcmu_replication.nbd.tls_socket import PIECE, TlsSocket
 from tcmu_replication.tls import Context
 from tcmu_replication.units import KiB, MiB
 from tests.support.certificates import Authority
-from tests.support.tools import requires
+from tests.support.tools import PATIENCE_S, requires
 
 pytestmark = requires("openssl")
 
@@ -48,7 +48,7 @@ async def connected(directory: Path, buffer: int | None = None) -> Ends:
 
 def run(directory: Path, body: Callable[[Ends], Awaitable[None]], buffer: int | None = None) -> None:
     async def main() -> None:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE_S):
             ends = await connected(directory, buffer)
             try:
                 await body(ends)

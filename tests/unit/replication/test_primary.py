@@ -15,6 +15,7 @@ from tcmu_replication.replication import stages
 from tcmu_replication.replication.primary import PeerState, Primary
 from tcmu_replication.replication.stages import Mode, Stage
 from tcmu_replication.units import BLOCK, MiB
+from tests.support.tools import PATIENCE_S
 
 LENGTH = 4 * MiB
 
@@ -66,7 +67,7 @@ class Site:
             "disk0",
             length=LENGTH,
             reconnect_delay=self.reconnect_delay,
-            timeout=5.0,
+            timeout=20.0,
             verify=verify,
         )
 
@@ -117,7 +118,7 @@ def run(site, story):
         await site.serve()
         await site.engine.open()
         try:
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(PATIENCE_S):
                 await story()
         finally:
             await site.engine.close()

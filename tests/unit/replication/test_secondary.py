@@ -18,6 +18,7 @@ from tcmu_replication.replication.epochs import Epochs, Pair
 from tcmu_replication.replication.secondary import Secondary
 from tcmu_replication.replication.stages import Mode, Stage
 from tcmu_replication.units import BLOCK, MiB
+from tests.support.tools import PATIENCE_S
 
 LENGTH = 8 * MiB
 OLD, FORWARDED, OWN = 0x11, 0x22, 0x33
@@ -289,7 +290,7 @@ def test_start_anew_waits_until_the_overlays_of_before_are_gone(site, monkeypatc
     removed, may_remove = Pair.destroy, threading.Event()
 
     def late(pair):
-        assert may_remove.wait(10)
+        assert may_remove.wait(PATIENCE_S)
         removed(pair)
 
     async def story():
