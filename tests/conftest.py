@@ -1,6 +1,7 @@
 """What all tests share: where CI runs them nothing may be skipped, and nowhere is slowness a failure."""
 
 import os
+import resource
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -12,6 +13,12 @@ settings.register_profile(
     "tests", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=STRICT
 )
 settings.load_profile("tests")
+
+# Some thousand tests in one process: what one leaves to the garbage collector is not to fail another.
+DESCRIPTORS = 8192
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+if soft < DESCRIPTORS:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(DESCRIPTORS, hard), hard))
 
 
 @pytest.hookimpl(trylast=True)

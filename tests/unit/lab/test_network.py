@@ -23,7 +23,9 @@ def net() -> Iterator[Network]:
 
 
 def receive(port: socket.socket) -> bytes:
-    assert select.select([port], [], [], PATIENCE_S)[0], "no frame comes"
+    waiting = select.poll()
+    waiting.register(port, select.POLLIN)
+    assert waiting.poll(PATIENCE_S * 1000), "no frame comes"
     return port.recv(1 << 16)
 
 
