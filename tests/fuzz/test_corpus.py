@@ -51,7 +51,6 @@ def test_input_of_the_corpus(target: str, path: Path) -> None:
         check_of(target)(path.read_bytes())
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("target", TARGETS)
 def test_inputs_made_from_the_corpus(target: str) -> None:
     check = check_of(target)
