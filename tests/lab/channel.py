@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Iterator
 
 RECEIVE = 1 << 16
+PATIENCE_S = 240.0
+"""How long anything in a host is waited for: only what hangs takes so long, on the slowest machine."""
 
 
 class LabError(Exception):
@@ -60,7 +62,7 @@ class Command:
     def stderr(self) -> str:
         return _text(self._output["err"])
 
-    def wait(self, timeout: float = 60, *, check: bool = True) -> Command:
+    def wait(self, timeout: float = PATIENCE_S, *, check: bool = True) -> Command:
         """Returns when the command has ended.
 
         Raises HostDiedError, or CommandError after `timeout` seconds (the command
@@ -71,7 +73,7 @@ class Command:
             raise CommandError(f"{self._where()} ended with status {self.returncode}", self)
         return self
 
-    def wait_for(self, text: str, timeout: float = 60) -> Command:
+    def wait_for(self, text: str, timeout: float = PATIENCE_S) -> Command:
         """Returns when its output, standard or error, contains `text`; raises as `wait` does."""
         self._await(lambda: self._says(text) or self.returncode is not None, timeout, f"say {text!r}")
         if not self._says(text):

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from tcmu_replication.units import GiB
 from tests.lab import disk as disks_module
-from tests.lab.channel import Channel, Command, HostDiedError, LabError
+from tests.lab.channel import PATIENCE_S, Channel, Command, HostDiedError, LabError
 from tests.lab.disk import Disk
 
 KERNEL = "linux.uml"
@@ -59,7 +59,6 @@ FILE_SYSTEMS = (
 """What every host mounts beside its disks, in this order: device, folder, type, options."""
 
 SYSTEM = Disk("system", 1 * GiB, mount="/")
-BOOT_TIMEOUT = 60.0
 MTU = 9000
 """Jumbo frames, as storage networks have them; three times as fast as 1500."""
 
@@ -151,7 +150,7 @@ class Host:
         self._guard(f"+{self._process.pid}")
         self._channel = Channel(self.name, ours, self._log)
 
-    def await_boot(self, timeout: float = BOOT_TIMEOUT) -> None:
+    def await_boot(self, timeout: float = PATIENCE_S) -> None:
         """Returns when commands can run in it; raises HostDiedError with the end of its console otherwise."""
         assert self._channel is not None
         in_time = self._channel.ready.wait(timeout)
@@ -206,7 +205,9 @@ class Host:
 
     # Commands
 
-    def run(self, command: str | Sequence[str], timeout: float = 60, *, check: bool = True) -> Command:
+    def run(
+        self, command: str | Sequence[str], timeout: float = PATIENCE_S, *, check: bool = True
+    ) -> Command:
         """Runs a shell line (or an argument list) to its end; raises as `Command.wait` does."""
         return self.spawn(command).wait(timeout, check=check)
 
@@ -217,7 +218,7 @@ class Host:
         return self._started(title, {"run": arguments})
 
     def python(
-        self, script: pathlib.Path, *arguments: str, preload: Sequence[str] = (), timeout: float = 60
+        self, script: pathlib.Path, *arguments: str, preload: Sequence[str] = (), timeout: float = PATIENCE_S
     ) -> Command:
         """Runs a Python file in a fork of the agent, where `preload`ed modules are imported once for all.
 
@@ -237,7 +238,7 @@ class Host:
         self.fresh = False
         return self._channel.start(title, request)
 
-    def wait_until(self, condition: str, timeout: float = 30) -> None:
+    def wait_until(self, condition: str, timeout: float = PATIENCE_S) -> None:
         """Returns when a shell condition holds inside; raises CommandError if it does not in time."""
         self.run(f"until {condition}; do sleep 0.05; done", timeout)
 

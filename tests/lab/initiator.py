@@ -7,15 +7,15 @@ from tests.lab.target import block_device
 
 SETTINGS = {
     "node.startup": "manual",
-    "node.session.timeo.replacement_timeout": "60",
+    "node.session.timeo.replacement_timeout": "600",
     "node.conn[0].timeo.noop_out_interval": "2",
     "node.conn[0].timeo.noop_out_timeout": "2",
     "node.conn[0].timeo.login_timeout": "10",
-    "node.conn[0].timeo.logout_timeout": "5",
+    "node.conn[0].timeo.logout_timeout": "30",
     "node.session.initial_login_retry_max": "8",
     "node.session.err_timeo.host_reset_timeout": "60",
 }
-"""iscsid.conf: a target that is gone is noticed within seconds, and waited for a minute."""
+"""iscsid.conf: a target that is gone is noticed within seconds, and waited for as long as a slow machine needs."""
 
 
 class Session:

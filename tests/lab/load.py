@@ -41,10 +41,8 @@ def start(host: Host, device: str, *, size: str = "24M", seconds: int | None = N
     )
 
 
-def wait_for_writes(host: Host, device: str, count: int = 500, timeout: float = 60) -> None:
+def wait_for_writes(host: Host, device: str, count: int = 500) -> None:
     """Returns when `count` more writes of a disk are done: the load is in full swing."""
     statistics = f"/sys/block/{device.removeprefix('/dev/')}/stat"
     done = int(host.read(statistics).split()[4])  # "write I/Os", Documentation/block/stat.rst
-    host.wait_until(
-        f"{{ read -r a b c d writes rest < {statistics}; [ $writes -ge {done + count} ]; }}", timeout
-    )
+    host.wait_until(f"{{ read -r a b c d writes rest < {statistics}; [ $writes -ge {done + count} ]; }}")

@@ -51,7 +51,7 @@ class Pair:
             "[link]",
             "port = 10809",
             "control-port = 10810",
-            "reconnect-delay = 10",
+            "reconnect-delay = 14",  # as long as may be: a slow machine needs it to start a worker again
             "timeout = 10",
         ]
         for host, mode in ((self.primary, "primary"), (self.secondary, "secondary")):
@@ -113,7 +113,7 @@ class Pair:
 
     def command(self, host: Host, verb: str, *options: str) -> Any:
         """Gives a host a management command about the resource; its result."""
-        done = host.run([PROGRAM, verb, NAME, "--json", *options], timeout=120)
+        done = host.run([PROGRAM, verb, NAME, "--json", *options])
         answer = json.loads(done.stdout)
         return answer[0]["result"] if verb != "status" else answer
 

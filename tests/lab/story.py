@@ -146,7 +146,7 @@ class Story:
     def _copy(self, folder: pathlib.Path) -> float:
         """Copies a folder's files onto the client's LUN and syncs; the seconds that took."""
         began = time.monotonic()
-        self.client.run(f"cp -r /lab/{folder.name}/. {MOUNT} && sync -f {MOUNT}", timeout=240)
+        self.client.run(f"cp -r /lab/{folder.name}/. {MOUNT} && sync -f {MOUNT}")
         return time.monotonic() - began
 
     def _start_writer(self, prefix: str) -> Command:
@@ -155,7 +155,7 @@ class Story:
     def _end_writer(self, writer: Command) -> Tree:
         """Stops the writer after its file; all that it wrote."""
         writer.signal(signal.SIGTERM)
-        written = trees.written(writer.wait(120).stdout)
+        written = trees.written(writer.wait().stdout)
         self.current |= written
         return written
 
@@ -204,7 +204,7 @@ class Story:
 
     def kill_primary(self) -> str:
         self.writer = self._start_writer("last")
-        self.writer.wait_for(f"last-{IN_FLIGHT:04}", timeout=120)
+        self.writer.wait_for(f"last-{IN_FLIGHT:04}")
         self.alpha.kill()
         self.killed_at = time.monotonic()
         return (
@@ -222,10 +222,10 @@ class Story:
 
     def client_goes_on(self) -> str:
         synced = len(trees.written(self.writer.stdout))
-        self.writer.wait_for(f"last-{synced + IN_FLIGHT:04}", timeout=120)
+        self.writer.wait_for(f"last-{synced + IN_FLIGHT:04}")
         stalled = time.monotonic() - self.killed_at
         written = self._end_writer(self.writer)
-        self.client.run(f"umount {MOUNT}", timeout=120)
+        self.client.run(f"umount {MOUNT}")
         self.session.logout()
         return (
             f"{len(written)} files by one writer, no error; going again {stalled:.1f} s after the power loss"
@@ -243,7 +243,7 @@ class Story:
             raise WrongBytesError(f"the LUN's serial number is {serial!r}, expected {pair.SERIAL}")
         self.client.run(f"mkdir -p {MOUNT} && mount {session.device} {MOUNT}")
         self._check(self.client, self.current)
-        self.client.run(f"umount {MOUNT} && fsck.ext4 -f -n {session.device}", timeout=120)
+        self.client.run(f"umount {MOUNT} && fsck.ext4 -f -n {session.device}")
         session.logout()
         return f"{len(self.current):,} files, every SHA-256 is right; fsck is clean"
 

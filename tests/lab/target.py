@@ -13,8 +13,6 @@ from tests.lab.channel import Command
 from tests.lab.host import Host
 
 SCRIPT = pathlib.Path(__file__).parent / "guest" / "target.py"
-APPEARS_S = 20.0
-"""How long a SCSI device may take to become a block device."""
 
 
 class _Configured:
@@ -94,9 +92,9 @@ class Loop(_Configured):
 
 def block_device(host: Host, directories: str) -> str:
     """The path of the block device below SCSI device directories in /sys (a pattern), when it appears."""
-    host.wait_until(f"[ -e {directories}/block/sd* ]", APPEARS_S)
+    host.wait_until(f"[ -e {directories}/block/sd* ]")
     name = host.run(f"basename {directories}/block/sd*").stdout.strip()
-    host.wait_until(f"[ -b /dev/{name} ]", APPEARS_S)
+    host.wait_until(f"[ -b /dev/{name} ]")
     return f"/dev/{name}"
 
 

@@ -9,7 +9,7 @@ from tests.lab.conftest import LOGS
 from tests.lab.lab import Lab
 from tests.lab.story import Ending, Story
 
-pytestmark = [pytest.mark.lab, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(1800)]
 
 
 @pytest.mark.parametrize("ending", ["latest", "checkpoint"])

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from tests.lab.channel import PATIENCE_S
 from tests.lab.host import Host
 from tests.lab.network import Network
 
@@ -24,10 +25,10 @@ def beta(beta: Host) -> Host:
     return beta
 
 
-def ask(host: Host, timeout_s: float = 30) -> tuple[int, str]:
+def ask(host: Host, timeout_s: float = PATIENCE_S) -> tuple[int, str]:
     """Exit status and output of asking beta's server once: "12.3 ms" or the error's name."""
     done = host.spawn([sys.executable, "-S", "-E", str(ECHO), "ask", "beta", str(PORT), str(timeout_s)])
-    done.wait(timeout_s + 30, check=False)
+    done.wait(timeout_s + PATIENCE_S, check=False)
     return done.returncode or 0, done.stdout.strip()
 
 
@@ -37,7 +38,7 @@ def test_hosts_reach_each_other_by_name(client: Host, beta: Host) -> None:
 
 def test_cut_separates_one_pair_until_healed(alpha: Host, client: Host, beta: Host, net: Network) -> None:
     net.cut("client", "beta")
-    assert ask(client, timeout_s=1) == (1, "TimeoutError")
+    assert ask(client, timeout_s=1) in [(1, "TimeoutError"), (1, "OSError")]  # the latter when ARP fails
     assert ask(alpha)[0] == 0
     net.heal()
     assert ask(client)[0] == 0

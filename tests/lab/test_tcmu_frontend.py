@@ -69,8 +69,7 @@ def served(beta: Host) -> Iterator[Served]:
 def test_more_data_in_flight_than_the_data_area_holds(served: Served) -> None:
     served.host.run(
         f"fio --name=full --filename={shlex.quote(served.disk)} --rw=randwrite --bsrange=4k-1m --iodepth=16"
-        " --ioengine=libaio --direct=1 --verify=crc32c --size=48M --output-format=terse",
-        timeout=120,
+        " --ioengine=libaio --direct=1 --verify=crc32c --size=48M --output-format=terse"
     )
 
 
@@ -115,7 +114,7 @@ def test_reset_of_the_lun_does_not_wait_for_a_stuck_disk(served: Served) -> None
     served.host.run(
         f"while ! grep -q [1-9] /sys/block/{served.disk.removeprefix('/dev/')}/inflight; do :; done"
     )
-    served.host.run(["sg_reset", "-d", served.disk], timeout=20)
+    served.host.run(["sg_reset", "-d", served.disk])
     served.host.run(f"rm {STUCK}")
     load.wait()
     assert served.holds("/run/reset")

@@ -62,9 +62,7 @@ def write(folder: pathlib.Path, name: str, data: bytes) -> str:
 
 def read(host: Host, folder: str) -> Tree:
     """The files below `folder` of a host, as its kernel reads them now."""
-    listed = host.run(
-        f"cd {folder} && find . -type f -print0 | sort -z | xargs -0 -r sha256sum --", timeout=180
-    )
+    listed = host.run(f"cd {folder} && find . -type f -print0 | sort -z | xargs -0 -r sha256sum --")
     return {name.removeprefix("./"): digest for digest, name in _lines(listed.stdout)}
 
 
