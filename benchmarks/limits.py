@@ -23,11 +23,13 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
-from benchmarks import images, loads, sides
+from benchmarks import images, loads
 from benchmarks.loads import Load
 from benchmarks.rows import ROWS, Sample
 from benchmarks.turn import Turn
 from tcmu_replication.units import KiB, MiB
+from tests.support.processes import free_port
+from tests.support.tools import listens
 
 SIDE = "limit"
 Step = Callable[[int], object]
@@ -202,10 +204,10 @@ def _nothing(turn: Turn) -> dict[str, float]:
     random = Load("randwrite", 4 * KiB, 32, scale.disk, scale.random)
     large = Load("write", MiB, 8, scale.disk, scale.sequential)
     path = turn.directory / "nothing.sock"
-    port = sides.free_port()
+    port = free_port()
     unix, tcp = f"nbd+unix:///?socket={path}", f"nbd://127.0.0.1:{port}/"
     found = {}
-    with _nbdkit(f"size={scale.disk}", "-U", str(path), ready=path.exists):
+    with _nbdkit(f"size={scale.disk}", "-U", str(path), ready=partial(listens, path)):
         found["lun-4k-write"] = loads.lean(unix, random, []).iops
         found["lun-4k-read"] = loads.lean(unix, random._replace(rw="randread"), []).iops
         found["lun-1m-write"] = loads.fio(unix, large, []).mib_s

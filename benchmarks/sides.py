@@ -21,16 +21,10 @@ from pathlib import Path
 
 from benchmarks import images
 from tests.support import qemu
+from tests.support.processes import free_port
+from tests.support.tools import PATIENCE_S
 
 NAME = "bench"
-PATIENCE_S = 60.0
-
-
-def free_port() -> int:
-    """A TCP port of the loopback that nobody uses now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Ours:
