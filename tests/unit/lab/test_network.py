@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.lab.channel import PATIENCE_S
-from tests.lab.network import Network
+from tests.lab.network import QUEUE, Network
 from tests.unit.lab.test_switch import ALL, A, B, frame
 
 
@@ -63,15 +63,20 @@ def test_host_that_does_not_listen_stops_nobody_else() -> None:
     net = Network({"alpha": "10.0.0.1/24", "beta": "10.0.0.2/24", "deaf": "10.0.0.3/24"})
     alpha, beta = net.port("alpha"), net.port("beta")
     count = 6000  # more than the deaf one's socket and queue hold
+    ahead = threading.Semaphore(QUEUE // 2)  # and fewer than beta's queue holds
 
     def send() -> None:
         alpha.setblocking(True)
         for number in range(count):
+            ahead.acquire()
             alpha.send(ALL + A + number.to_bytes(4, "big") + bytes(1400))
 
     sender = threading.Thread(target=send)
     sender.start()
-    numbers = [int.from_bytes(receive(beta)[12:16], "big") for _ in range(count)]
+    numbers = []
+    for _ in range(count):
+        numbers.append(int.from_bytes(receive(beta)[12:16], "big"))
+        ahead.release()
     sender.join()
     net.close()
     assert numbers == list(range(count))
