@@ -22,7 +22,9 @@ ZFS): there overlays need a reserve of free space.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
+import os
 import re
 import struct
 import zlib
@@ -231,9 +233,16 @@ class AllocationMap:
         """As `Node.flush`: every mark made before the call. fdatasync covers stores through the mapping."""
         return self._file.flush()
 
-    def close(self) -> None:
-        """Unmap and unlock. Twice is fine."""
+    def close(self, *, empty: bool = False) -> None:
+        """Unmap and unlock; `empty` the file first if it is about to be removed. Twice is fine.
+
+        mmap holds the interpreter while it unmaps, for as long as there are pages. To empty the file
+        unmaps them too, and lets other threads run meanwhile.
+        """
         self._entries.release()
+        if empty and not self._bytes.closed:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file.fileno(), 0)
         self._bytes.close()
         self._file.close()
 

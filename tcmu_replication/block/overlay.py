@@ -258,8 +258,11 @@ class Overlay(Node):
 
     def release(self) -> None:
         """Close the files and unlock them, and leave what lies below open. Twice is fine."""
+        self._release()
+
+    def _release(self, *, for_good: bool = False) -> None:
         self._released = True
-        self._map.close()
+        self._map.close(empty=for_good)
         self.data.close()
 
     def destroy(self) -> None:
@@ -267,7 +270,7 @@ class Overlay(Node):
 
         Files that are gone already are fine. Raises `Error`.
         """
-        self.release()
+        self._release(for_good=True)
         try:
             for path in reversed(_paths(self.path)):  # without its map the data is nobody's
                 with contextlib.suppress(FileNotFoundError):
@@ -280,7 +283,7 @@ class Overlay(Node):
 
         What lies below stays open. Raises `Error`.
         """
-        self.release()
+        self._release(for_good=True)
         data_path, map_path = _paths(self.path)
         try:
             os.unlink(map_path)  # without its map the data is nobody's

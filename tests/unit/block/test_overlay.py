@@ -532,6 +532,25 @@ def test_overlay_destroy_leaves_what_lies_below_open(overlay: Overlay, tmp_path:
     disk.close()
 
 
+@pytest.mark.parametrize("end", ["destroy", "retire"])
+def test_overlay_map_is_empty_before_it_is_unmapped_for_good(
+    overlay: Overlay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    overlay.write(0, [memoryview(b"a" * BLOCK)])
+    path, sizes = Path(f"{overlay.path}.map"), []
+    monkeypatch.setattr(overlay.data, "close", lambda: sizes.append(path.stat().st_size))  # the next step
+    overlay.destroy() if end == "destroy" else overlay.retire(tmp_path / "spare")
+    assert sizes == [0]
+    assert not path.exists()
+
+
+def test_overlay_closed_keeps_its_map(overlay: Overlay) -> None:
+    overlay.write(0, [memoryview(b"a" * BLOCK)])
+    before = Path(f"{overlay.path}.map").read_bytes()
+    overlay.release()
+    assert Path(f"{overlay.path}.map").read_bytes() == before
+
+
 # No space.
 
 
