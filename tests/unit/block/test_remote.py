@@ -28,6 +28,7 @@ from tcmu_replication.nbd.protocol import Chunk, Command, CommandFlag
 from tcmu_replication.nbd.protocol import TransmissionFlag as Flag
 from tcmu_replication.nbd.uri import Tcp, Unix
 from tcmu_replication.units import KiB, MiB
+from tests.support.tools import PATIENCE_S
 
 LENGTH = 1 * MiB
 ALL = Flag.HAS_FLAGS | Flag.SEND_FLUSH | Flag.SEND_FUA | Flag.SEND_TRIM | Flag.SEND_WRITE_ZEROES
@@ -74,7 +75,7 @@ class States:
 
 def run(body: Callable[[], Awaitable[None]]) -> None:
     async def main() -> None:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE_S):
             await body()
 
     asyncio.run(main())
@@ -881,7 +882,7 @@ def test_idle_connection_is_not_lost(tmp_path: Path) -> None:
 def test_server_that_comes_back_and_never_answers_gains_no_new_delay(tmp_path: Path) -> None:
     async def body() -> None:
         states = States()
-        options: dict[str, Any] = {"timeout": 0.5, "reconnect_delay": 0.4, "on_state": states}
+        options: dict[str, Any] = {"timeout": 2, "reconnect_delay": 1.9, "on_state": states}
         async with scripted(tmp_path, **options) as (remote, _, _):
             flush = remote.flush()
             remote.unplug()

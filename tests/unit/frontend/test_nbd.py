@@ -26,6 +26,7 @@ from tcmu_replication.nbd.connect import connect
 from tcmu_replication.nbd.protocol import Command, CommandFlag, NbdError
 from tcmu_replication.nbd.uri import Tcp, Unix
 from tcmu_replication.units import KiB, MiB
+from tests.support.tools import PATIENCE_S
 
 LENGTH = 4 * MiB
 FUA = int(CommandFlag.FUA)
@@ -119,7 +120,7 @@ async def house(path: Path) -> AsyncIterator[House]:
 
 def live(path: Path, body: Callable[[House], Awaitable[None]]) -> None:
     async def main() -> None:
-        async with asyncio.timeout(20), house(path) as it:
+        async with asyncio.timeout(PATIENCE_S), house(path) as it:
             await body(it)
 
     asyncio.run(main())
