@@ -1,10 +1,12 @@
 """Which blocks an overlay holds, and where: four bytes per 4 KiB block in a sparse, memory-mapped file.
 
     byte 0      header (see HEADER), the rest of the page zero
-    byte 4096   one entry per block, little-endian:
+    byte 4096   one entry per block, little-endian; the two high bits say of what kind it is:
                   0                         not here
                   1 + slot                  here; `slot` counts blocks in the data file
                   NOWHERE                   here, without a place (what a map without a data file uses)
+                  NEW | 1 + slot            here, but not yet flushed since it came
+                  OVER_ZERO | 1 + slot      the same, and it was zero before
                   ZERO_FLAG, or ZERO_FLAG | 1 + slot
                                             here and all zero; the slot stays the block's own
 
@@ -12,6 +14,15 @@ A mark is a store into the mapping: it outlives the process, needs no
 read-modify-write, and many are looked at in one go. One page of the
 map stands for 4 MiB of disk. Pages are touched only once something is marked
 in them, so everything costs what was marked and not what the disk could hold.
+
+The kernel writes pages back as it likes, so after a loss of power a mark may be
+there whose data is not. Whoever cannot sync the data before it marks sets NEW
+or OVER_ZERO, which a flush takes away once the data is on stable storage. While
+the host runs they mean "here". The header names the boot that the file was last
+opened in: in another one they mean what was there before, "not here" or "zero",
+and are replaced by that at open. A boot's name never comes back, so it does not
+matter what of this reaches the disk, nor in which order: at the next boot
+whatever is still marked so is replaced again.
 
 A store, and on tmpfs even a load, from a hole of a file on a full filesystem
 kills the process (SIGBUS). So a page is written once, with a checked pwrite,
@@ -29,11 +40,14 @@ import re
 import struct
 import zlib
 from array import array
+from collections import deque
 from collections.abc import Iterator, Sequence
+from functools import partial
 
+from tcmu_replication.block import boot
 from tcmu_replication.block.file import File
 from tcmu_replication.block.offload import Offload
-from tcmu_replication.block.pending import Pending
+from tcmu_replication.block.pending import Pending, after
 from tcmu_replication.errors import Error, Kind, from_os
 from tcmu_replication.units import BLOCK, round_up
 
@@ -42,25 +56,31 @@ ABSENT, HERE, ZERO = 0, 1, 2
 
 ENTRY = 4
 """Bytes of an entry."""
-ZERO_FLAG = 1 << 31
-NOWHERE = ZERO_FLAG - 1
+NEW, OVER_ZERO, ZERO_FLAG = 1 << 30, 2 << 30, 3 << 30
+"""An entry's kind; 0 is a block that is here for good. ZERO is the greatest: one comparison tells it from HERE."""
+NOWHERE = NEW - 1
 MAX_SLOTS = NOWHERE - 1
-"""So many slots can be told apart: 8 TiB."""
+"""So many slots can be told apart: just under 4 TiB."""
 
 PAGE = 4096
 PER_PAGE = PAGE // ENTRY
 """Blocks that a page of the map stands for."""
-HEADER = struct.Struct("<8sIIQ")
-"""Magic, version, bytes per block, bytes of the disk; a CRC-32 of these follows."""
+HEADER = struct.Struct(f"<8sIIQ{boot.LENGTH}s")
+"""Magic, version, bytes per block, bytes of the disk, boot; a CRC-32 of these follows."""
 CHECKSUM = struct.Struct("<I")
 MAGIC = b"tcmurmap"
-VERSION = 2
+VERSION = 3
+
+STEP = 1 << 13
+"""Marks that a flush looks at in one go: about a millisecond, so that requests pass meanwhile."""
 
 _RUNS = re.compile(rb"\x00+|\x01+|\x02+")
 _LOW = bytes(bool(byte) for byte in range(256))
-_TOP = bytes(2 if byte & 0x80 else bool(byte) for byte in range(256))
+_TOP = bytes(2 if byte >= ZERO_FLAG >> 24 else bool(byte) for byte in range(256))
 _STATE = bytes((ABSENT, HERE, ZERO, ZERO)[byte & 3] for byte in range(256))
-"""From an entry's bytes to its state: 1 if one of the 31 low bits is set, 2 for the flag, OR-ed."""
+"""From an entry's bytes to its state: 1 if a bit is set, 2 for the kind of zeroes, OR-ed."""
+_UNFLUSHED = re.compile(rb"[\x40-\xbf]")
+"""The high byte of an entry of the kinds NEW and OVER_ZERO."""
 _OVER = bytes(both & 3 or both >> 2 & 3 for both in range(256))
 """By upper state + 4 * lower state: the state that counts."""
 _SAFE = b"\1"
@@ -78,8 +98,8 @@ def file_size(length: int) -> int:
 
 
 def header(length: int) -> bytes:
-    """How the map file of a disk of `length` bytes begins; within a sector, so never torn."""
-    head = HEADER.pack(MAGIC, VERSION, BLOCK, length)
+    """How the map file of a disk of `length` bytes begins in this boot; within a sector, so never torn."""
+    head = HEADER.pack(MAGIC, VERSION, BLOCK, length, boot.boot_id().encode())
     return head + CHECKSUM.pack(zlib.crc32(head))
 
 
@@ -91,14 +111,26 @@ class AllocationMap:
     """
 
     def __init__(self, path: str, length: int, offload: Offload | None = None) -> None:
-        """Open the map of a disk of `length` bytes. Raises `Error` BAD_CONFIG if it is not that."""
+        """Open the map of a disk of `length` bytes. Raises `Error` BAD_CONFIG if it is not that.
+
+        Marks that were not flushed in an earlier boot are undone.
+        """
         self.path = path
+        self._offload = offload
         self.here = 0
         self.zero = 0
         self.slots = 0
         self._file = File(path, offload=offload)
+        # The marks that are not flushed yet, as pairs: the first block; its entry, and above bit 32 how many
+        # there are in the slots from there on. Those that a flush was asked for are in batches before them.
+        self._unflushed = array("Q")
+        self._batches: deque[array[int]] = deque()
+        self._ended_batches = 0
+        self._behind = (-1, 0)
         try:
-            _check_header(bytes(self._file.fetch(0, min(PAGE, self._file.length))), path, length)
+            head = header(length)
+            found = bytes(self._file.fetch(0, min(PAGE, self._file.length)))
+            _check_header(found, path, length)
             if self._file.length != file_size(length):
                 raise _refused(path, f"has {self._file.length} bytes instead of {file_size(length)}")
             self._bytes = mmap.mmap(self._file.fileno(), self._file.length)
@@ -113,7 +145,10 @@ class AllocationMap:
         pages = (self._file.length - PAGE) // PAGE
         self._safe = mmap.mmap(-1, max(pages, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         try:
-            self._count(length)
+            this_boot = found.startswith(head)
+            self._count(length, this_boot)
+            if not this_boot:
+                self._file.write(0, [memoryview(head)])
         except Error:
             self.close()
             raise
@@ -194,11 +229,14 @@ class AllocationMap:
                 self._file.write(PAGE + page * PAGE, [_EMPTY_PAGE])
                 self._safe[page] = 1
 
-    def assign(self, first: int, last: int, slot: int) -> None:
-        """The range is here, in the slots from `slot` on. Raises `Error` (NO_SPACE); never after `prepare`."""
+    def assign(self, first: int, last: int, entry: int) -> None:
+        """The range is here; the first block's entry is `entry`, and the others lie in the slots behind its.
+
+        Raises `Error` (NO_SPACE); never after `prepare`.
+        """
         if last - first == 1 and self._safe[first // PER_PAGE]:
             before = self._entries[first]
-            self._entries[first] = 1 + slot
+            self._entries[first] = entry
             if not before:
                 self.here += 1
             elif before >= ZERO_FLAG:
@@ -208,9 +246,10 @@ class AllocationMap:
             for start, end in _by_page(first, last):
                 self.prepare(start, end)
                 self._uncount(start, end)
-                place = 1 + slot + start - first
-                self._entries[start:end] = memoryview(array("I", range(place, place + end - start)))
+                self._entries[start:end] = _in_order(entry + start - first, end - start)
                 self.here += end - start
+        if entry >= NEW:
+            self._remember(first, last - first, entry)
 
     def mark(self, first: int, last: int, state: int) -> None:
         """Set the range's state, HERE without a place. Raises `Error` (NO_SPACE); never after `prepare`."""
@@ -233,12 +272,43 @@ class AllocationMap:
         """As `Node.flush`: every mark made before the call. fdatasync covers stores through the mapping."""
         return self._file.flush()
 
+    def begin_flush(self) -> int:
+        """Name the marks that are not flushed yet; when their data is, `data_flushed` of the answer follows."""
+        if self._unflushed:
+            self._batches.append(self._unflushed)
+            self._unflushed = array("Q")
+            self._behind = (-1, 0)
+        return self._ended_batches + len(self._batches)
+
+    def data_flushed(self, named: int) -> Pending | None:
+        """The data of all marks that `begin_flush` had `named` is on stable storage: they are for good.
+
+        A mark that is not as it was is left alone, for it is of another flush. Long lists are done in steps.
+        """
+        left = STEP
+        while self._batches and self._ended_batches < named:
+            batch = self._batches[0]
+            while batch and left > 0:
+                run = batch.pop()
+                left -= self._settle(batch.pop(), run >> 32, run & 0xFFFFFFFF)
+            if not batch:
+                self._batches.popleft()
+                self._ended_batches += 1
+            elif self._offload is not None:
+                # There and back, behind what the loop has to do meanwhile.
+                turn = self._offload(lambda: None, f"settle {self.path}")
+                return after(turn, partial(self.data_flushed, named))
+            else:
+                left = STEP
+        return None
+
     def close(self, *, empty: bool = False) -> None:
         """Unmap and unlock; `empty` the file first if it is about to be removed. Twice is fine.
 
         mmap holds the interpreter while it unmaps, for as long as there are pages. To empty the file
         unmaps them too, and lets other threads run meanwhile.
         """
+        self._batches.clear()
         self._entries.release()
         if empty and not self._bytes.closed:
             with contextlib.suppress(OSError):
@@ -252,19 +322,47 @@ class AllocationMap:
         self.here -= before.count(HERE)
         self.zero -= before.count(ZERO)
 
-    def _count(self, length: int) -> None:
+    def _remember(self, first: int, count: int, entry: int) -> None:
+        """These marks are not flushed yet."""
+        if self._behind == (first, entry):
+            self._unflushed[-1] += count << 32
+        else:
+            self._unflushed.append(first)
+            self._unflushed.append(count << 32 | entry)
+        self._behind = (first + count, entry + count)
+
+    def _settle(self, first: int, count: int, entry: int) -> int:
+        """These marks, unless they have changed, are for good. What it took, in marks looked at one by one."""
+        if count == 1:
+            if self._entries[first] == entry:
+                self._entries[first] = entry & NOWHERE
+            return 1
+        for start, end in _by_page(first, first + count):
+            came = entry + start - first
+            now = self._entries[start:end].tolist()
+            if now == list(range(came, came + end - start)):
+                self._entries[start:end] = _in_order(came & NOWHERE, end - start)
+            else:
+                for block, found in enumerate(now, start):
+                    if found == entry + block - first:
+                        self._entries[block] = found & NOWHERE
+        return 1 + count // 8
+
+    def _count(self, length: int, this_boot: bool) -> None:
         """Find the marked pages (SEEK_DATA) and count. Only a page with a mark is surely no hole."""
         at = PAGE
         for data, allocated, _ in self._file.extents(PAGE, self._file.length - PAGE):
             if allocated:
-                self._count_pages((at - PAGE) // PAGE, -(-(at - PAGE + data) // PAGE))
+                self._count_pages((at - PAGE) // PAGE, -(-(at - PAGE + data) // PAGE), this_boot)
             at += data
         if any(self.marked(blocks_of(length), (self._file.length - PAGE) // ENTRY)):
             raise _refused(self.path, "marks blocks beyond the end of the disk")
 
-    def _count_pages(self, first: int, last: int) -> None:
+    def _count_pages(self, first: int, last: int, this_boot: bool) -> None:
         for page in range(first, last):
             content = bytes(self._file.fetch(PAGE + page * PAGE, PAGE))
+            if _UNFLUSHED.search(content[3::ENTRY]):
+                content = self._take_up(page * PER_PAGE, content, this_boot)
             states = _states(content)
             here, zero = states.count(HERE), states.count(ZERO)
             if here or zero:
@@ -273,6 +371,22 @@ class AllocationMap:
                 self.zero += zero
                 places = {entry & NOWHERE for entry in memoryview(content).cast("I")} - {NOWHERE}
                 self.slots = max((self.slots, *places))
+
+    def _take_up(self, first: int, content: bytes, this_boot: bool) -> bytes:
+        """A page with marks that were not flushed, as it is from now on: of this boot, or of another."""
+        entries = memoryview(content).cast("I").tolist()
+        unflushed = [(at, entry) for at, entry in enumerate(entries) if NEW <= entry < ZERO_FLAG]
+        if this_boot:
+            for at, entry in unflushed:
+                if not entry & NOWHERE:
+                    raise _refused(self.path, "marks blocks without a slot")
+                self._remember(first + at, 1, entry)
+            return content
+        for at, entry in unflushed:
+            entries[at] = 0 if entry < OVER_ZERO else entry | ZERO_FLAG
+        before = memoryview(array("I", entries))
+        self._entries[first : first + PER_PAGE] = before
+        return before.tobytes()
 
 
 def _states(entries: bytes) -> bytes:
@@ -284,6 +398,11 @@ def _states(entries: bytes) -> bytes:
     for byte in range(3):
         both |= int.from_bytes(entries[byte::ENTRY].translate(_LOW), "big")
     return both.to_bytes(count, "big").translate(_STATE)
+
+
+def _in_order(entry: int, count: int) -> memoryview:
+    """Entries of so many adjacent slots."""
+    return memoryview(array("I", range(entry, entry + count)))
 
 
 def merged(
@@ -324,13 +443,13 @@ def _by_page(first: int, last: int) -> list[tuple[int, int]]:
 def _check_header(page: bytes, path: str, length: int) -> None:
     if len(page) < PAGE or not any(page[: HEADER.size + CHECKSUM.size]):
         raise _refused(path, "was not finished when it was created")
-    magic, version, block, disk_length = HEADER.unpack_from(page)
+    magic, version, block, disk_length, _ = HEADER.unpack_from(page)
     if magic != MAGIC:
         raise _refused(path, "is something else")
-    if CHECKSUM.unpack_from(page, HEADER.size) != (zlib.crc32(page[: HEADER.size]),):
-        raise _refused(path, "has a damaged header")
     if version != VERSION or block != BLOCK:
         raise _refused(path, f"has version {version} and blocks of {block}, not {VERSION} and {BLOCK}")
+    if CHECKSUM.unpack_from(page, HEADER.size) != (zlib.crc32(page[: HEADER.size]),):
+        raise _refused(path, "has a damaged header")
     if disk_length != length:
         raise _refused(path, f"is for a disk of {disk_length} bytes, not of {length}")
 

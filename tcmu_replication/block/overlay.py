@@ -5,8 +5,10 @@ came; `<path>.map` says which blocks are here and in which slot of it (see
 `allocation_map`). A block keeps its slot for as long as the overlay lives. Its
 data is always written before its mark, so that a process may die at any
 instruction: what is marked is whole, what is not marked is not looked at. After
-a loss of power what was flushed is there; a block marked but not flushed may
-then read as anything that the data file held.
+a loss of power what was flushed is there. A block that a write brought here and
+that was not flushed since is then not here, or zero if it was that: its mark may
+have reached the disk, and its data not. Pre-images are not marked so: whoever
+stores them says when their data is synced, before he marks them.
 
 So the data file needs no content of a certain kind: that of an earlier overlay
 serves as well as a new one, and already has its space (`create`'s `recycled`).
@@ -30,7 +32,9 @@ from tcmu_replication.block.allocation_map import (
     ABSENT,
     HERE,
     MAX_SLOTS,
+    NEW,
     NOWHERE,
+    OVER_ZERO,
     ZERO,
     ZERO_FLAG,
     AllocationMap,
@@ -160,18 +164,15 @@ class Overlay(Node):
             if not entry:
                 pending = self.child.read(offset, buffers)
                 return None if pending is None else self._read_anew(pending, offset, buffers)
-            slot = entry - 1 if entry < ZERO_FLAG else None
-        else:
-            entries = self._map.entries(offset // BLOCK, (offset + length - 1) // BLOCK + 1)
-            slot = _slot_of_all(entries)
-            if slot is None and any(entries):
-                return self._read_runs(offset, buffers, length)
-            if slot is None:
-                return self._read_below(offset, buffers)
+            if entry < ZERO_FLAG:
+                return self.data.read(((entry & NOWHERE) - 1) * BLOCK + within, buffers)
+            clear(buffers)
+            return None
+        entries = self._map.entries(offset // BLOCK, (offset + length - 1) // BLOCK + 1)
+        slot = _slot_of_all(entries)
         if slot is not None:
             return self.data.read(slot * BLOCK + within, buffers)
-        clear(buffers)
-        return None
+        return self._read_runs(offset, buffers, length) if any(entries) else self._read_below(offset, buffers)
 
     def fetch(self, offset: int, length: int) -> memoryview:
         """See `Node.fetch`."""
@@ -194,7 +195,7 @@ class Overlay(Node):
             if last - first == 1:
                 entry = self._map.entry(first)
                 if 0 < entry < ZERO_FLAG:
-                    self.data.write((entry - 1) * BLOCK + offset - first * BLOCK, buffers)
+                    self.data.write(((entry & NOWHERE) - 1 - first) * BLOCK + offset, buffers)
                 elif entry:
                     self._write_mixed(offset, end, buffers, [entry])
                 else:
@@ -202,7 +203,7 @@ class Overlay(Node):
             else:
                 entries = self._map.entries(first, last)
                 if (slot := _slot_of_all(entries)) is not None:
-                    self.data.write(slot * BLOCK + offset - first * BLOCK, buffers)
+                    self.data.write((slot - first) * BLOCK + offset, buffers)
                 elif any(entries):
                     self._write_mixed(offset, end, buffers, entries)
                 else:
@@ -236,7 +237,8 @@ class Overlay(Node):
 
     def flush(self) -> Pending | None:
         """See `Node.flush`: the data, and then the map that names it."""
-        return after(self.sync_data(), self.sync_map)
+        named = self._map.begin_flush()
+        return after(self.sync_data(), lambda: after(self._map.data_flushed(named), self.sync_map))
 
     def extents(self, offset: int, length: int) -> list[Extent]:
         """See `Node.extents`."""
@@ -340,7 +342,7 @@ class Overlay(Node):
         if zero:
             self._map.mark(first, last, ZERO)
         else:
-            self._map.assign(first, last, self._claim(offset, length))
+            self._map.assign(first, last, 1 + self._claim(offset, length))
 
     def abandon(self, offset: int, length: int) -> None:
         """Forget that a range was stored: it will not be marked."""
@@ -354,7 +356,7 @@ class Overlay(Node):
         if slot is None:
             self._map.mark(first, last, ZERO)
         else:
-            self._map.assign(first, last, slot)
+            self._map.assign(first, last, 1 + slot)
 
     def trim(self) -> None:
         """Give back what the data file occupies beyond the slots in use. Raises `Error`."""
@@ -432,7 +434,7 @@ class Overlay(Node):
         except Error:
             self._give_back(slot, last - first)
             raise
-        self._map.assign(first, last, slot)
+        self._map.assign(first, last, NEW + 1 + slot)
 
     def _write_mixed(self, offset: int, end: int, buffers: Buffers, entries: list[int]) -> None:
         """Write where some blocks have a slot and others need one."""
@@ -463,8 +465,17 @@ class Overlay(Node):
             self._give_back(taken, new)
             raise
         if fresh:
-            for at, behind in pieces:
-                self._map.assign(first + at, first + behind, slots[at])
+            self._bring(first, entries, slots)
+
+    def _bring(self, first: int, entries: list[int], slots: list[int]) -> None:
+        """Mark those of the blocks from `first` on that were not here; the others stay as they are, flushed or not."""
+        marks = [
+            0 if 0 < entry < ZERO_FLAG else (OVER_ZERO if entry else NEW) + 1 + slot
+            for entry, slot in zip(entries, slots, strict=True)
+        ]
+        for at, behind in _adjacent(marks):
+            if marks[at]:
+                self._map.assign(first + at, first + behind, marks[at])
 
     def _place(self, offset: int, data: memoryview) -> int | None:
         """Write whole blocks to new slots and say where; None if they are all zero. Their marks find space."""
@@ -628,7 +639,7 @@ def _slot_of_all(entries: list[int]) -> int | None:
     """The slot of the first, if all are here in adjacent slots."""
     first, count = entries[0], len(entries)
     if 0 < first < ZERO_FLAG and entries[-1] == first + count - 1:
-        return first - 1 if entries == list(range(first, first + count)) else None
+        return (first & NOWHERE) - 1 if entries == list(range(first, first + count)) else None
     return None
 
 
@@ -645,4 +656,4 @@ def _adjacent(slots: list[int]) -> list[tuple[int, int]]:
 
 def _position(offset: int, entry: int) -> int:
     """Where in the data file a block's byte at `offset` of the disk lies."""
-    return (entry - 1) * BLOCK + offset % BLOCK
+    return ((entry & NOWHERE) - 1) * BLOCK + offset % BLOCK

@@ -159,8 +159,3 @@ def sync_directory(directory: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def boot_id() -> str:
-    """This boot's name (random(4), /proc/sys/kernel/random/boot_id)."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -20,7 +20,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from tcmu_replication.block import allocation_map
+from tcmu_replication.block import allocation_map, boot
 from tcmu_replication.block.allocation_map import HERE, AllocationMap
 from tcmu_replication.block.gate import Gate
 from tcmu_replication.block.mirror import Failure, Mirror
@@ -30,7 +30,6 @@ from tcmu_replication.block.remote import Remote, State
 from tcmu_replication.block.replication import Forward
 from tcmu_replication.errors import Error, Kind, from_os
 from tcmu_replication.jobs.job import Job
-from tcmu_replication.replication import manifest as manifests
 from tcmu_replication.replication.end import End, now
 from tcmu_replication.replication.manifest import Manifest
 from tcmu_replication.replication.stages import Action, Machine, Mode, Operation, Stage
@@ -142,13 +141,13 @@ class Primary(End):
     def _resume(self, found: Manifest) -> None:
         """Go on as a running primary after a restart of this process or of this host."""
         self._open_map()
-        boot = manifests.boot_id()
-        if found.boot != boot and not found.clean:
+        this_boot = boot.boot_id()
+        if found.boot != this_boot and not found.clean:
             self.machine.record(
                 "this host went down without a clean stop: the disks may differ in what was written since the last "
                 "flush"
             )
-        self._save(boot=boot, clean=False, error=self.machine.error)
+        self._save(boot=this_boot, clean=False, error=self.machine.error)
         remote = self._connect(self.verify)
         gap = None if self.machine.error is None else Error(Kind.PEER_LOST, self.machine.error)
         if gap is None:
@@ -218,7 +217,7 @@ class Primary(End):
             generation=state.generation,
             epoch=state.epoch,
             error=None,
-            boot=manifests.boot_id(),
+            boot=boot.boot_id(),
             clean=False,
         )
         self.machine.forget_error()

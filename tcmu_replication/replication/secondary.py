@@ -21,6 +21,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
 
+from tcmu_replication.block import boot
 from tcmu_replication.block.copy_before_write import CopyBeforeWrite
 from tcmu_replication.block.gate import Gate
 from tcmu_replication.block.node import Node
@@ -32,7 +33,6 @@ from tcmu_replication.errors import Error, Kind
 from tcmu_replication.jobs import commit as commits
 from tcmu_replication.jobs.commit import Commit
 from tcmu_replication.jobs.job import JobStatus
-from tcmu_replication.replication import manifest as manifests
 from tcmu_replication.replication import stages
 from tcmu_replication.replication.end import End, now
 from tcmu_replication.replication.epochs import Epochs, Pair
@@ -142,7 +142,7 @@ class Secondary(End):
             if found.stage is Stage.RUNNING:
                 error = self._after_restart(found)
                 self.machine = Machine(Mode.SECONDARY, Stage.RUNNING, error)
-                self._save(boot=manifests.boot_id(), clean=False, error=error)
+                self._save(boot=boot.boot_id(), clean=False, error=error)
                 self._pair = pair
                 await self._activate(pair)
             else:
@@ -167,7 +167,7 @@ class Secondary(End):
 
     def _after_restart(self, found: Manifest) -> str | None:
         """The error to go on with: this process may have died, or the host have lost its page cache."""
-        if found.boot == manifests.boot_id() or found.clean:
+        if found.boot == boot.boot_id() or found.clean:
             return found.error
         reason = (
             "this host went down without a clean stop: forwarded writes since the last flush may be missing"
@@ -246,7 +246,7 @@ class Secondary(End):
                     generation=str(uuid.uuid4()),
                     epoch=1,
                     error=None,
-                    boot=manifests.boot_id(),
+                    boot=boot.boot_id(),
                     clean=False,
                     checkpoint_at=now(),
                     checkpoint_pause_ms=0.0,

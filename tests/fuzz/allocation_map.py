@@ -16,7 +16,9 @@ from tcmu_replication.block.allocation_map import (
     CHECKSUM,
     HEADER,
     HERE,
+    NEW,
     NOWHERE,
+    OVER_ZERO,
     ZERO,
     ZERO_FLAG,
     AllocationMap,
@@ -30,6 +32,8 @@ SIZE = allocation_map.file_size(LENGTH)
 WORDS = (
     allocation_map.MAGIC,
     NOWHERE.to_bytes(4, "little") * 3,
+    NEW.to_bytes(4, "little") * 3,
+    OVER_ZERO.to_bytes(4, "little") * 3,
     ZERO_FLAG.to_bytes(4, "little") * 3,
     LENGTH.to_bytes(8, "little"),
 )
@@ -40,7 +44,10 @@ _PATH = f"/proc/{os.getpid()}/fd/{_FD}"
 
 
 def check(data: bytes) -> None:
-    """A map opens with every mark counted and none beyond the disk, or is refused; reading it changes nothing."""
+    """A map opens with every mark counted and none beyond the disk, or is refused.
+
+    Reading it changes nothing but what was not flushed, if it is of another boot.
+    """
     script = Script(data)
     flags = script.number()
     content = bytearray(SIZE)
@@ -55,19 +62,32 @@ def check(data: bytes) -> None:
     if flags & 2:
         del content[SIZE:]
     os.pwrite(_FD, content, 0)
+    found_there = bytes(content)
+    if len(content) == SIZE and not content.startswith(head):
+        _lose_power(memoryview(content)[allocation_map.PAGE :].cast("I"))
+    refused = found_there, found_there[: len(head)] + bytes(content[len(head) :])
     try:
         found = AllocationMap(_PATH, LENGTH)
     except Error as error:
         told(error, Kind.BAD_CONFIG)
+        assert os.pread(_FD, 2 * SIZE, 0) in refused
     else:
+        content[: len(head)] = head
         _look(found, content)
         found.close()
-    assert os.pread(_FD, 2 * SIZE, 0) == content
+        assert os.pread(_FD, 2 * SIZE, 0) == content
+
+
+def _lose_power(entries: memoryview) -> None:
+    """What was not flushed is as it was before."""
+    for at, entry in enumerate(entries):
+        if NEW <= entry < ZERO_FLAG:
+            entries[at] = 0 if entry < OVER_ZERO else entry | ZERO_FLAG
 
 
 def _look(found: AllocationMap, content: bytearray) -> None:
     entries = list(memoryview(content)[allocation_map.PAGE :].cast("I"))
-    marks = [(ZERO if entry & ZERO_FLAG else HERE) if entry else ABSENT for entry in entries]
+    marks = [(ZERO if entry >= ZERO_FLAG else HERE) if entry else ABSENT for entry in entries]
     assert (found.here, found.zero) == (marks.count(HERE), marks.count(ZERO))
     assert found.entries(0, BLOCKS) == entries[:BLOCKS]
     assert found.states(0, BLOCKS) == bytes(marks[:BLOCKS])

@@ -321,9 +321,15 @@ def own() -> None:
         "marks",
         b"\2",
         b"\2\0" + b"\1\0\0\0" * 3 + b"\0\0",
-        b"\5\0" + b"\0\0\0\x80" * 3 + b"\0\0",
-        b"\x02\x10" + b"\xff\xff\xff\x7f" * 3 + b"\0\0",
+        b"\5\0" + b"\0\0\0\xc0" * 3 + b"\0\0",
+        b"\x02\x10" + b"\xff\xff\xff\x3f" * 3 + b"\0\0",
     )
+    unflushed = (
+        b"\2\0" + b"\1\0\0\x40" + b"\2\0\0\x40" + b"\1\0\0\x80" + b"\0\0",
+        b"\5\0" + b"\3\0\0\0" + b"\4\0\0\x80" + b"\5\0\0\xc0" + b"\0\0",
+    )
+    keep("allocation_map", "unflushed", b"\2", *unflushed)
+    keep("allocation_map", "unflushed-in-another-boot", b"\3", b"\0\3" + b"another boot!!", *unflushed)
     keep("allocation_map", "short", b"\0", b"\2\0" + b"\2" * 14)
     keep("allocation_map", "other-header", b"\3", b"\0\0" + allocation_map.header(1 << 20)[:14])
     example = Path(__file__).parents[2] / "contrib/resources/disk0.toml"

@@ -432,7 +432,7 @@ def corrupt(path: Path, offset: int, data: bytes) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
-    "not finished": (lambda p: corrupt(p / "active.map", 0, bytes(40)), "not finished"),
+    "not finished": (lambda p: corrupt(p / "active.map", 0, bytes(64)), "not finished"),
     "empty map": (lambda p: os.truncate(p / "active.map", 0), "not finished"),
     "foreign": (lambda p: corrupt(p / "active.map", 0, b"QFI\xfb"), "something else"),
     "damaged header": (lambda p: corrupt(p / "active.map", 17, b"\xff"), "damaged header"),
@@ -444,8 +444,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
         "3 blocks in 2 slots",
     ),
     "no slot": (
-        lambda p: corrupt(p / "active.map", 4096 + 4 * 3, b"\xff\xff\xff\x7f"),
+        lambda p: corrupt(p / "active.map", 4096 + 4 * 3, b"\xff\xff\xff\x3f"),
         "3 blocks in 2 slots",
+    ),
+    "not flushed and no slot": (
+        lambda p: corrupt(p / "active.map", 4096 + 4 * 3, b"\0\0\0\x40"),
+        "without a slot",
     ),
     "beyond the end": (lambda p: corrupt(p / "active.map", 4096 + 4 * 10, b"\x01"), "beyond the end"),
     "cut data": (lambda p: os.truncate(p / "active.data", BLOCK), "has 4096 bytes"),
@@ -472,8 +476,8 @@ def test_overlay_refuses_another_version_and_another_length(
     overlay.close()
     with pytest.raises(Error, match=f"for a disk of {LENGTH} bytes, not of {LENGTH - 1}"):
         Overlay("active", tmp_path / "active", Memory(LENGTH - 1))
-    monkeypatch.setattr(allocation_map, "VERSION", 3)
-    with pytest.raises(Error, match="has version 2"):
+    monkeypatch.setattr(allocation_map, "VERSION", 4)
+    with pytest.raises(Error, match="has version 3"):
         Overlay("active", tmp_path / "active", below)
 
 

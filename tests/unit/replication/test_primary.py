@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from tcmu_replication.block import boot
 from tcmu_replication.block.memory import Memory
 from tcmu_replication.block.pending import settle
 from tcmu_replication.block.remote import Remote
@@ -393,7 +394,7 @@ def test_killed_while_running_goes_on(tmp_path):
 def test_power_loss_is_not_taken_for_in_sync(site, monkeypatch):
     async def story():
         await site.engine.start(Mode.PRIMARY)
-        monkeypatch.setattr(manifests, "boot_id", lambda: "another boot")
+        monkeypatch.setattr(boot, "boot_id", lambda: "another boot")
         await site.reopen()
         with pytest.raises(Error, match=r"^I/O error occurred$"):
             site.engine.get_error()
@@ -408,7 +409,7 @@ def test_clean_close_and_open_goes_on_after_a_boot(site, monkeypatch):
         await site.engine.start(Mode.PRIMARY)
         await site.engine.close()
         assert manifests.load(site.state).clean
-        monkeypatch.setattr(manifests, "boot_id", lambda: "another boot")
+        monkeypatch.setattr(boot, "boot_id", lambda: "another boot")
         site.reconnect_delay = 20.0
         site.engine = site.make()
         await site.engine.open()

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from tcmu_replication.block import boot
 from tcmu_replication.block.memory import Memory
 from tcmu_replication.block.node import Node
 from tcmu_replication.block.pending import Pending, settle
@@ -593,7 +594,7 @@ def test_power_loss_is_recorded_and_the_checkpoint_is_shown(tmp_path, monkeypatc
         site = Site(tmp_path)
         await started(site)
         await site.forward(0, BLOCK)
-        monkeypatch.setattr(manifests, "boot_id", lambda: "another boot")
+        monkeypatch.setattr(boot, "boot_id", lambda: "another boot")
         await site.reopen()
         assert await site.top(0) == {0}
         with pytest.raises(Error, match=f"^{stages.IO_ERROR}$"):
@@ -606,7 +607,7 @@ def test_power_loss_without_durable_refuses_to_open(tmp_path, monkeypatch):
     async def story():
         site = Site(tmp_path, durable=False)
         await started(site)
-        monkeypatch.setattr(manifests, "boot_id", lambda: "another boot")
+        monkeypatch.setattr(boot, "boot_id", lambda: "another boot")
         for _ in range(2):
             with pytest.raises(Error, match="durable = false"):
                 await site.reopen()
