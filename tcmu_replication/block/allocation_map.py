@@ -121,12 +121,11 @@ class AllocationMap:
         self.zero = 0
         self.slots = 0
         self._file = File(path, offload=offload)
-        # The marks that are not flushed yet, as pairs: the first block; its entry, and above bit 32 how many
-        # there are in the slots from there on. Those that a flush was asked for are in batches before them.
+        # The marks that are not flushed yet, as pairs: a block; its entry, and from bit 32 on how many blocks
+        # follow in the slots behind. Those that a flush was asked for are in the batches.
         self._unflushed = array("Q")
         self._batches: deque[array[int]] = deque()
         self._ended_batches = 0
-        self._behind = (-1, 0)
         try:
             head = header(length)
             found = bytes(self._file.fetch(0, min(PAGE, self._file.length)))
@@ -249,7 +248,8 @@ class AllocationMap:
                 self._entries[start:end] = _in_order(entry + start - first, end - start)
                 self.here += end - start
         if entry >= NEW:
-            self._remember(first, last - first, entry)
+            self._unflushed.append(first)
+            self._unflushed.append(entry if last - first == 1 else entry + (last - first - 1 << 32))
 
     def mark(self, first: int, last: int, state: int) -> None:
         """Set the range's state, HERE without a place. Raises `Error` (NO_SPACE); never after `prepare`."""
@@ -277,7 +277,6 @@ class AllocationMap:
         if self._unflushed:
             self._batches.append(self._unflushed)
             self._unflushed = array("Q")
-            self._behind = (-1, 0)
         return self._ended_batches + len(self._batches)
 
     def data_flushed(self, named: int) -> Pending | None:
@@ -290,7 +289,7 @@ class AllocationMap:
             batch = self._batches[0]
             while batch and left > 0:
                 run = batch.pop()
-                left -= self._settle(batch.pop(), run >> 32, run & 0xFFFFFFFF)
+                left -= self._settle(batch.pop(), 1 + (run >> 32), run & 0xFFFFFFFF)
             if not batch:
                 self._batches.popleft()
                 self._ended_batches += 1
@@ -321,15 +320,6 @@ class AllocationMap:
         before = self.states(first, last)
         self.here -= before.count(HERE)
         self.zero -= before.count(ZERO)
-
-    def _remember(self, first: int, count: int, entry: int) -> None:
-        """These marks are not flushed yet."""
-        if self._behind == (first, entry):
-            self._unflushed[-1] += count << 32
-        else:
-            self._unflushed.append(first)
-            self._unflushed.append(count << 32 | entry)
-        self._behind = (first + count, entry + count)
 
     def _settle(self, first: int, count: int, entry: int) -> int:
         """These marks, unless they have changed, are for good. What it took, in marks looked at one by one."""
@@ -380,7 +370,7 @@ class AllocationMap:
             for at, entry in unflushed:
                 if not entry & NOWHERE:
                     raise _refused(self.path, "marks blocks without a slot")
-                self._remember(first + at, 1, entry)
+                self._unflushed.extend((first + at, entry))
             return content
         for at, entry in unflushed:
             entries[at] = 0 if entry < OVER_ZERO else entry | ZERO_FLAG

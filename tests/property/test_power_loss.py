@@ -7,25 +7,22 @@ without their data and data without its marks are found in every mixture.
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tcmu_replication.block import allocation_map
+from tcmu_replication.block import allocation_map, space
 from tcmu_replication.block.copy_before_write import CopyBeforeWrite
 from tcmu_replication.block.file import File
 from tcmu_replication.block.gate import Gate
 from tcmu_replication.block.node import Node
 from tcmu_replication.block.overlay import Overlay
-from tcmu_replication.block.pending import Pending, attempt
+from tcmu_replication.block.pending import Pending, attempt, settle
 from tcmu_replication.block.replication import Split
-from tcmu_replication.errors import Error
 from tcmu_replication.jobs.commit import Commit
 from tests.support.power import SECTOR, Disk, Power, Slow, stamped, values
 
@@ -59,6 +56,8 @@ class Host:
     def __init__(self, folder: Path, dice: random.Random, power: Power) -> None:
         self.folder, self.dice, self.power = folder, dice, power
         self.stamp = 1000
+        # A filesystem that takes no space back: what was zeroed stays in the data file.
+        self.keeps_space = dice.random() < 0.5
         disk = [dice.choice([0, 1 + block]) for block in range(SECTORS)]
         (folder / "disk").write_bytes(b"".join(stamped(value, SECTOR) for value in disk))
         for name in ("hidden", "active"):
@@ -73,12 +72,20 @@ class Host:
         self.disk = File(str(self.folder / "disk"), offload=self.slow)
         self.hidden = make("hidden", self.folder / "hidden", self.disk, offload=self.slow)
         self.active = make("active", self.folder / "active", self.hidden, offload=self.slow)
+        if self.keeps_space:
+            self.active.data._unsupported.add(space.PUNCH_HOLE)  # type: ignore[attr-defined]
         self.filter = CopyBeforeWrite(self.disk, self.hidden, True)
         self.primary, self.top = Gate(self.filter), Gate(self.active)
 
     def dies(self) -> None:
         """The process, and all that it had under way."""
-        for file in (self.active._map._file, self.active.data, self.hidden._map._file, self.hidden.data, self.disk):
+        for file in (
+            self.active._map._file,
+            self.active.data,
+            self.hidden._map._file,
+            self.hidden.data,
+            self.disk,
+        ):
             file._in_threads = 0  # type: ignore[attr-defined]
             file.close() if file is self.disk else None
         self.active.release()
@@ -96,7 +103,6 @@ class Host:
         operation = self.dice.choice(["write", "write", "write", "write", "fua", "zero", "discard"])
         self.stamp += 1
         change(self.top, self.lun, operation, first, last, self.stamp)
-        assert self.shown() == self.lun.now()
 
     def forwarded(self) -> None:
         """A request of the primary."""
@@ -141,8 +147,9 @@ class Host:
 
     def power_fails(self) -> None:
         if self.dice.random() < 0.3:
+            next_boot = self.power.lose(self.dice)
             self.dies()
-            self.power.lose(self.dice)
+            next_boot()
             self.opening()
             self.lun.settle(self.shown())
 
@@ -160,6 +167,8 @@ def follow(lun: Disk, call: Callable[[], Pending | None]) -> Pending | None:
 
 def change(node: Node, lun: Disk, operation: str, first: int, last: int, stamp: int) -> Pending | None:
     """A write, zeroing or discard of the LUN."""
+    if operation == "discard":  # of whole blocks: what becomes of parts is not said
+        first, last = first // PER_BLOCK * PER_BLOCK, min(SECTORS, -(-last // PER_BLOCK) * PER_BLOCK)
     offset, length = first * SECTOR, (last - first) * SECTOR
     if operation in ("write", "fua"):
         lun.write(first, last, stamp)
@@ -168,12 +177,8 @@ def change(node: Node, lun: Disk, operation: str, first: int, last: int, stamp: 
             return attempt(node.write, offset, buffers)[1]
         # Made durable is what it wrote and all before: an overlay's FUA is a flush.
         return follow(lun, lambda: node.write(offset, buffers, True))
-    if operation == "zero":
-        lun.write(first, last, 0)
-        return attempt(node.zero, offset, length)[1]
-    first, last = -(-first // PER_BLOCK) * PER_BLOCK, last if last == SECTORS else last // PER_BLOCK * PER_BLOCK
     lun.write(first, last, 0)
-    return attempt(node.discard, offset, length)[1]
+    return attempt(node.zero if operation == "zero" else node.discard, offset, length)[1]
 
 
 def check_many(folder: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
@@ -193,6 +198,7 @@ def check_many(folder: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None
     for step in dice.choices(list(steps), list(steps.values()), k=60):
         step()
         host.power.look()
+        assert host.shown() == host.lun.now()
     host.dies()
 
 
@@ -203,3 +209,73 @@ def test_running_secondary_loses_nothing_that_was_flushed(
 ) -> None:
     monkeypatch.setattr(allocation_map, "STEP", step)
     check_many(folder, monkeypatch, seed)
+
+
+class Failover:
+    """The commit, and what the LUN writes meanwhile, until the power fails or all is on the disk."""
+
+    def __init__(self, host: Host) -> None:
+        self.host, self.dice, self.slow = host, host.dice, host.slow
+        self.gate = Gate(host.active)
+        self.job = Commit("commit", host.active, host.hidden, host.disk, self.gate, self.slow)
+        self.split = Split(host.active, host.hidden, host.disk, self.job.redo)
+        self.gate.hold()
+        self.gate.swap(self.split)
+        self.gate.release()
+        self.flushes: list[Pending | None] = []
+
+    async def requests(self) -> None:
+        """One write at a time; flushes beside them."""
+        while True:
+            if self.dice.random() < 0.3:
+                self.flushes.append(follow(self.host.lun, self.gate.flush))
+            else:
+                first, last = place(self.dice)
+                operation = self.dice.choice(["write", "write", "write", "fua", "zero", "discard"])
+                self.host.stamp += 1
+                await settle(change(self.gate, self.host.lun, operation, first, last, self.host.stamp))
+            for _ in range(self.dice.randrange(12)):
+                await asyncio.sleep(0)
+
+    async def run(self, turns: int) -> bool:
+        """Whether the commit came to its end within so many turns of the loop."""
+        commit = asyncio.create_task(self.job.run())
+        requests = asyncio.create_task(self.requests())
+        while not commit.done() and (turns := turns - 1):
+            self.dice.choice([self.host.sync_begins, self.host.sync_ends])()
+            await asyncio.sleep(0)
+            self.host.power.look()
+            assert self.gate.held or self.host.shown() == self.host.lun.now()
+        ended = commit.done()
+        next_boot = self.host.power.lose(self.dice)
+        if ended:
+            await commit
+            requests.cancel()
+            while self.slow.waiting or self.slow.under_way:
+                self.slow.all()
+                await asyncio.sleep(0)
+        else:
+            self.slow.die()
+        requests.cancel()
+        await asyncio.gather(commit, requests, return_exceptions=True)
+        if not ended:
+            self.host.dies()
+            next_boot()
+            self.host.opening()
+        return ended
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_commit_and_the_writes_beside_it_lose_nothing_that_was_flushed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    dice = random.Random(seed)
+    host = Host(folder, dice, Power(folder, monkeypatch))
+    for step in dice.choices([host.own, host.forwarded, host.flush, host.all_ends], k=12):
+        step()
+        host.power.look()
+    host.all_ends()
+    while not asyncio.run(Failover(host).run(dice.choice([20, 60, 200]))):
+        host.lun.settle(host.shown())
+    assert values(bytes(host.disk.fetch(0, LENGTH))) == host.lun.now()
+    host.dies()

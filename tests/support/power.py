@@ -14,7 +14,7 @@ import pytest
 from tcmu_replication.block import boot
 from tcmu_replication.block.offload import Offload
 from tcmu_replication.block.pending import Pending
-from tcmu_replication.errors import Error, from_os
+from tcmu_replication.errors import Error, Kind, from_os
 
 SECTOR = 512
 ENTRY = 4
@@ -42,7 +42,7 @@ class Power:
         for path in self.folder.iterdir():
             content = path.read_bytes()
             states = self._states.setdefault(path.name, [])
-            if not states or states[-1] is not content and states[-1] != content:
+            if not states or (states[-1] is not content and states[-1] != content):
                 states.append(content)
 
     def _fdatasync(self, fd: int) -> None:
@@ -72,21 +72,22 @@ class Power:
         self._syncing.clear()
         self.look()
 
-    def lose(self, dice: random.Random, to: Path | None = None) -> None:
-        """What is found in the next boot: here, where the files must be closed, or a copy of it in `to`."""
+    def lose(self, dice: random.Random) -> Callable[[], None]:
+        """It fails now. The answer, to be called once the files are closed, puts there what the next boot finds."""
         self.look()
+        found = {}
         for name, states in self._states.items():
-            content = bytearray(states[-1])
-            for start, end in _parts(name, len(content)):
-                content[start:end] = dice.choice(states)[start:end]
-            ((to or self.folder) / name).write_bytes(content)
-        self._boots += 1
-        if to is None:
+            found[name] = bytearray(states[-1])
+            for start, end in _parts(name, len(found[name])):
+                found[name][start:end] = dice.choice(states)[start:end]
+
+        def next_boot() -> None:
+            for name, content in found.items():
+                (self.folder / name).write_bytes(content)
+            self._boots += 1
             self.forget()
 
-    def restore(self) -> None:
-        """Back to the boot before the last loss."""
-        self._boots -= 1
+        return next_boot
 
 
 def _parts(name: str, length: int) -> list[tuple[int, int]]:
@@ -124,6 +125,13 @@ class Slow(Offload):
         pending, error, syncing = self.under_way.pop(at)
         self._power.synced(syncing)
         pending.complete(error)
+
+    def die(self) -> None:
+        """Nothing ends any more: whoever waits is told that it failed, so that nobody waits for ever."""
+        error = Error(Kind.CANCELLED, "dead")
+        while self.waiting or self.under_way:
+            pending = self.waiting.pop()[1] if self.waiting else self.under_way.pop()[0]
+            pending.complete(error)
 
     def all(self) -> None:
         """Until nothing is under way."""
