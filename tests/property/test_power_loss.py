@@ -23,6 +23,7 @@ from tcmu_replication.block.node import Node
 from tcmu_replication.block.overlay import Overlay
 from tcmu_replication.block.pending import Pending, attempt, settle
 from tcmu_replication.block.replication import Split
+from tcmu_replication.jobs import commit as commits
 from tcmu_replication.jobs.commit import Commit
 from tests.support.power import SECTOR, Disk, Power, Slow, stamped, values
 
@@ -115,7 +116,7 @@ class Host:
 
     def flush(self) -> None:
         """The LUN asks for a flush, or the primary does."""
-        if self.dice.random() < 0.3:
+        if self.dice.random() < 0.4:
             attempt(self.primary.flush)
         else:
             follow(self.lun, self.top.flush)
@@ -141,12 +142,12 @@ class Host:
             self.power.fails = 0
 
     def process_dies(self) -> None:
-        if self.dice.random() < 0.3:
+        if self.dice.random() < 0.4:
             self.dies()
             self.opening()
 
     def power_fails(self) -> None:
-        if self.dice.random() < 0.3:
+        if self.dice.random() < 0.4:
             next_boot = self.power.lose(self.dice)
             self.dies()
             next_boot()
@@ -227,14 +228,14 @@ class Failover:
     async def requests(self) -> None:
         """One write at a time; flushes beside them."""
         while True:
-            if self.dice.random() < 0.3:
+            if self.dice.random() < 0.4:
                 self.flushes.append(follow(self.host.lun, self.gate.flush))
             else:
                 first, last = place(self.dice)
                 operation = self.dice.choice(["write", "write", "write", "fua", "zero", "discard"])
                 self.host.stamp += 1
                 await settle(change(self.gate, self.host.lun, operation, first, last, self.host.stamp))
-            for _ in range(self.dice.randrange(12)):
+            for _ in range(self.dice.randrange(5)):
                 await asyncio.sleep(0)
 
     async def run(self, turns: int) -> bool:
@@ -247,6 +248,7 @@ class Failover:
             self.host.power.look()
             assert self.gate.held or self.host.shown() == self.host.lun.now()
         ended = commit.done()
+
         next_boot = self.host.power.lose(self.dice)
         if ended:
             await commit
@@ -269,13 +271,15 @@ class Failover:
 def test_commit_and_the_writes_beside_it_lose_nothing_that_was_flushed(
     folder: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
+    for name, value in (("PIECE", BLOCK), ("WINDOW", BLOCK), ("LAST", BLOCK)):
+        monkeypatch.setattr(commits, name, value)
     dice = random.Random(seed)
     host = Host(folder, dice, Power(folder, monkeypatch))
     for step in dice.choices([host.own, host.forwarded, host.flush, host.all_ends], k=12):
         step()
         host.power.look()
     host.all_ends()
-    while not asyncio.run(Failover(host).run(dice.choice([20, 60, 200]))):
+    while not asyncio.run(Failover(host).run(dice.choice([30, 60, 90, 150]))):
         host.lun.settle(host.shown())
     assert values(bytes(host.disk.fetch(0, LENGTH))) == host.lun.now()
     host.dies()

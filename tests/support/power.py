@@ -101,10 +101,13 @@ class Slow(Offload):
 
     def __init__(self, power: Power) -> None:
         self._power = power
+        self._dead: Error | None = None
         self.waiting: list[tuple[Callable[[], Any], Pending]] = []
         self.under_way: list[tuple[Pending, Error | None, list[tuple[str, bytes]]]] = []
 
     def __call__(self, call: Callable[[], Any], doing: str) -> Pending:
+        if self._dead is not None:
+            raise self._dead
         self.waiting.append((call, Pending()))
         return self.waiting[-1][1]
 
@@ -128,10 +131,10 @@ class Slow(Offload):
 
     def die(self) -> None:
         """Nothing ends any more: whoever waits is told that it failed, so that nobody waits for ever."""
-        error = Error(Kind.CANCELLED, "dead")
+        self._dead = Error(Kind.CANCELLED, "dead")
         while self.waiting or self.under_way:
             pending = self.waiting.pop()[1] if self.waiting else self.under_way.pop()[0]
-            pending.complete(error)
+            pending.complete(self._dead)
 
     def all(self) -> None:
         """Until nothing is under way."""
