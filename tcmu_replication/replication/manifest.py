@@ -39,6 +39,7 @@ class Manifest(msgspec.Struct, frozen=True, rename="kebab", forbid_unknown_field
     counts its checkpoints. `boot` is the kernel's boot id under which the disks
     were last written, and `clean` says that they were flushed and closed since:
     together they tell a restarted worker from a host that lost its page cache.
+    `whole` says of a failover that its checkpoint is on stable storage.
     """
 
     resource: str
@@ -50,6 +51,7 @@ class Manifest(msgspec.Struct, frozen=True, rename="kebab", forbid_unknown_field
     error: str | None = None
     boot: str = ""
     clean: bool = False
+    whole: bool = False
     peer_boot: str = ""
     checkpoint_at: str = ""
     checkpoint_pause_ms: float = 0.0

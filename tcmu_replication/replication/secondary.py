@@ -137,18 +137,17 @@ class Secondary(End):
             self.machine = Machine(Mode.SECONDARY, found.stage, found.error)
             self.filter.reads = self.filter.writes = self.disk
             return
+        error = self._after_restart(found)
         pair = self._epochs.open(found.epoch)
         try:
+            self._save(boot=boot.boot_id(), clean=False, whole=found.whole or found.clean, error=error)
+            self._pair = pair
             if found.stage is Stage.RUNNING:
-                error = self._after_restart(found)
                 self.machine = Machine(Mode.SECONDARY, Stage.RUNNING, error)
-                self._save(boot=boot.boot_id(), clean=False, error=error)
-                self._pair = pair
                 await self._activate(pair)
             else:
                 # A commit that failed is tried again: the disk may have been mended meanwhile.
-                self.machine = Machine(Mode.SECONDARY, Stage.FAILOVER, found.error)
-                self._pair = pair
+                self.machine = Machine(Mode.SECONDARY, Stage.FAILOVER, error)
                 self._start_commit()
         except Error:
             self._pair = None
@@ -169,16 +168,22 @@ class Secondary(End):
         """The error to go on with: this process may have died, or the host have lost its page cache."""
         if found.boot == boot.boot_id() or found.clean:
             return found.error
-        reason = (
-            "this host went down without a clean stop: forwarded writes since the last flush may be missing"
+        reason = "this host went down without a clean stop"
+        if found.stage is Stage.RUNNING:
+            reason += ": forwarded writes since the last flush may be missing"
+            if self._durable:
+                return found.error or reason
+            disk = "The disk was not touched"
+        else:
+            if found.whole:
+                return found.error
+            reason += ": what the LUN wrote may be missing"
+            disk = "The commit had copied nothing yet; the disk has what was forwarded and what the LUN wrote since"
+        raise Error(
+            Kind.INVALID_STATE,
+            f"{reason}, and with durable = false the checkpoint may be torn. {disk}; "
+            f"copy the primary's disk, move {self._directory} away and start again",
         )
-        if not self._durable:
-            raise Error(
-                Kind.INVALID_STATE,
-                f"{reason}, and with durable = false the checkpoint may be torn. The disk was not touched; "
-                f"copy the primary's disk, move {self._directory} away and start again",
-            )
-        return found.error or reason
 
     async def close(self) -> None:
         """End the process's part; a running secondary is taken up again at the next open."""
@@ -317,7 +322,7 @@ class Secondary(End):
             await self._make_durable(self._next)
 
     async def _make_durable(self, pair: Pair) -> None:
-        """A pair that the manifest is going to name, and the disk as it is now."""
+        """A pair that the manifest is going to rely on, and the disk as it is now."""
         await settle(pair.hidden.flush())
         await settle(pair.active.flush())
         await settle(self.disk.flush())
@@ -370,7 +375,7 @@ class Secondary(End):
             if action is Action.DROP_OVERLAYS:
                 await self._serve_disk(operation)
             else:
-                self._save(stage=Stage.FAILOVER)
+                self._save(stage=Stage.FAILOVER, whole=self._durable)
                 await self._end_backup()
                 self.machine.move(operation)
                 self._start_commit()
@@ -466,9 +471,11 @@ class Secondary(End):
         """Carry the commit to its end and take the stage where that leads."""
         try:
             await asyncio.sleep(GRACE_S)
+            await self._make_whole()
             await commit.run()
             self._save(stage=Stage.DONE, error=None)
         except Error as error:
+            commit.end(JobStatus.FAILED, str(error))
             self._commit_failed(error)
             return
         finally:
@@ -481,6 +488,13 @@ class Secondary(End):
         if old is not None:
             self._tidy_up(self._epochs.remove(old))
         self._stage_changed()
+
+    async def _make_whole(self) -> None:
+        """Before a commit copies anything: what it copies from must be there after a loss of power too."""
+        assert self._pair is not None
+        if not self.manifest.whole:
+            await self._make_durable(self._pair)
+            self._save(whole=True)
 
     def _commit_failed(self, error: Error) -> None:
         """The LUN stays right from the overlays and the disk together; the next open tries again."""

@@ -617,6 +617,132 @@ def test_power_loss_without_durable_refuses_to_open(tmp_path, monkeypatch):
     run(story())
 
 
+class SlowDisk(Disk):
+    """A disk whose flush ends when the test says so."""
+
+    syncing = None
+
+    def flush(self):
+        if self.syncing is None:
+            return None
+        self.syncing.append(Pending())
+        return self.syncing[-1]
+
+
+async def failed_over_unflushed(tmp_path):
+    """After a failover to the checkpoint with durable = false, whose commit still makes that stable."""
+    site = Site(tmp_path, SlowDisk(LENGTH), durable=False)
+    site.disk.data[:] = bytes([OLD]) * LENGTH
+    await started(site)
+    await site.forward(0, MiB)
+    site.disk.syncing = []
+    assert await site.engine.failover(latest=False)
+    while not site.disk.syncing:
+        await asyncio.sleep(0.001)
+    return site
+
+
+async def killed(site):
+    site.engine._commit_task.cancel()
+    await asyncio.gather(site.engine._commit_task, return_exceptions=True)
+    site.disk.syncing = None
+
+
+def test_power_loss_before_the_checkpoint_is_stable_refuses_to_open(tmp_path, monkeypatch):
+    async def story():
+        site = await failed_over_unflushed(tmp_path)
+        await site.own(0, BLOCK)
+        assert site.engine.job.status is JobStatus.RUNNING
+        assert site.sec(0, MiB) == {FORWARDED}, "nothing is copied before"
+        await killed(site)
+        monkeypatch.setattr(boot, "boot_id", lambda: "another boot")
+        for _ in range(2):
+            with pytest.raises(Error, match=r"durable = false.*copied nothing.*start again"):
+                await site.reopen()
+            await site.engine.close()
+        assert site.sec(0, MiB) == {FORWARDED}
+
+    run(story())
+
+
+def test_process_death_before_the_checkpoint_is_stable_goes_on(tmp_path):
+    async def story():
+        site = await failed_over_unflushed(tmp_path)
+        await site.own(0, BLOCK)
+        await killed(site)
+        await site.reopen()
+        await site.committed()
+        assert site.engine.stage is Stage.DONE
+        assert site.sec(0) == {OWN}
+        assert site.sec(BLOCK, MiB - BLOCK) == {OLD}
+
+    run(story())
+
+
+@pytest.mark.parametrize("stopped", [False, True], ids=["killed", "closed"])
+def test_power_loss_during_the_commit_goes_on_with_it(site, monkeypatch, stopped):
+    async def story():
+        monkeypatch.setattr(commit.Commit, "run", lambda self: asyncio.Event().wait())
+        await started(site)
+        await site.forward(0, MiB)
+        assert await site.engine.failover(latest=False)
+        while not manifests.load(site.directory).whole:
+            await asyncio.sleep(0.001)
+        await site.own(0, BLOCK)
+        await site.own(BLOCK, BLOCK, OWN + 1)
+        await settle(site.engine.top.flush())
+        await site.own(BLOCK, BLOCK, OWN)
+        if stopped:
+            await site.engine.close()
+        else:
+            await killed(site)
+        for name in ("another boot", "and another"):
+            monkeypatch.setattr(boot, "boot_id", lambda name=name: name)
+            await site.reopen()
+            assert site.engine.stage is Stage.FAILOVER
+            assert site.engine.machine.error is None
+            assert not manifests.load(site.directory).clean
+            assert await site.top(0) == {OWN}
+            assert await site.top(2 * BLOCK, MiB - 2 * BLOCK) == {OLD}
+            await killed(site)
+        monkeypatch.undo()
+        await site.reopen()
+        await site.committed()
+        assert site.sec(0) == {OWN}
+        assert site.sec(2 * BLOCK, MiB - 2 * BLOCK) == {OLD}
+
+    run(story())
+
+
+def test_commit_that_cannot_make_the_checkpoint_stable_fails_and_copies_nothing(tmp_path):
+    async def story():
+        site = await failed_over_unflushed(tmp_path)
+        site.disk.syncing[0].complete(Error(Kind.IO, "the medium is broken"))
+        await site.committed()
+        assert site.engine.stage is Stage.FAILOVER_FAILED
+        assert site.engine.job.status is JobStatus.FAILED
+        assert "the medium is broken" in site.engine.job.error
+        assert not manifests.load(site.directory).whole
+        assert site.sec(0, MiB) == {FORWARDED}
+        assert await site.top(0, MiB) == {OLD}
+        await killed(site)
+        await site.reopen()
+        await site.committed()
+        assert site.sec(0, MiB) == {OLD}
+
+    run(story())
+
+
+def test_failover_itself_does_not_wait_for_the_disk(tmp_path):
+    async def story():
+        site = await failed_over_unflushed(tmp_path)
+        assert site.engine.stage is Stage.FAILOVER
+        assert len(site.disk.syncing) == 1, "it is the commit's"
+        await killed(site)
+
+    run(story())
+
+
 def test_open_in_another_resources_directory_is_refused(tmp_path):
     async def story():
         site = Site(tmp_path)
