@@ -1,0 +1,409 @@
+"""Marks that are not flushed: when they come, when they go, and what another boot makes of them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tcmu_replication.block import allocation_map, boot
+from tcmu_replication.block.allocation_map import (
+    HERE,
+    MAX_SLOTS,
+    NEW,
+    NOWHERE,
+    OVER_ZERO,
+    PAGE,
+    PER_PAGE,
+    ZERO,
+    ZERO_FLAG,
+    AllocationMap,
+    merged,
+)
+from tcmu_replication.block.faults import Faults
+from tcmu_replication.block.memory import Memory
+from tcmu_replication.block.overlay import Overlay
+from tcmu_replication.errors import Error, Kind
+from tests.unit.block.conftest import HeldOffload
+
+BLOCK = 4096
+BLOCKS = 3 * PER_PAGE
+OLD = 0x11
+
+
+@pytest.fixture
+def below() -> Memory:
+    memory = Memory(BLOCKS * BLOCK)
+    memory.data[: 16 * BLOCK] = bytes([OLD]) * (16 * BLOCK)
+    return memory
+
+
+@pytest.fixture
+def overlay(below: Memory, tmp_path: Path) -> Overlay:
+    return Overlay.create("active", tmp_path / "active", below)
+
+
+@pytest.fixture
+def held(below: Memory, tmp_path: Path) -> tuple[Overlay, HeldOffload]:
+    """An overlay whose syncs end when the test says so."""
+    offload = HeldOffload()
+    return Overlay.create("active", tmp_path / "active", below, offload=offload), offload
+
+
+def write(overlay: Overlay, first: int, count: int = 1, byte: int = 0x22) -> None:
+    overlay.write(first * BLOCK, [memoryview(bytes([byte]) * count * BLOCK)])
+
+
+def entries(overlay: Overlay, first: int = 0, count: int = 4) -> list[int]:
+    return overlay._map.entries(first, first + count)
+
+
+def flushed(overlay: Overlay) -> None:
+    assert overlay.flush() is None
+
+
+def reopened(overlay: Overlay, below: Memory) -> Overlay:
+    overlay.release()
+    return Overlay("active", overlay.path, below)
+
+
+# When marks come.
+
+
+def test_write_marks_an_absent_block_as_new_until_it_is_flushed(overlay: Overlay) -> None:
+    write(overlay, 1, 2)
+    assert entries(overlay) == [0, NEW + 1, NEW + 2, 0]
+    write(overlay, 1, 2)
+    overlay.write(BLOCK + 7, [memoryview(b"x")])
+    assert entries(overlay) == [0, NEW + 1, NEW + 2, 0], "a rewrite changes nothing"
+    flushed(overlay)
+    assert entries(overlay) == [0, 1, 2, 0]
+    write(overlay, 1, 2)
+    assert entries(overlay) == [0, 1, 2, 0], "what was flushed is overwritten in its place"
+
+
+def test_write_marks_a_zero_block_so_that_it_can_be_zero_again(overlay: Overlay) -> None:
+    overlay.zero(0, 2 * BLOCK)
+    write(overlay, 1)
+    overlay.write(5, [memoryview(b"x")])
+    assert entries(overlay) == [OVER_ZERO + 2, OVER_ZERO + 1, 0, 0]
+    flushed(overlay)
+    assert entries(overlay) == [2, 1, 0, 0]
+
+
+def test_zero_of_a_new_block_keeps_its_slot_and_is_zero(overlay: Overlay) -> None:
+    write(overlay, 0, 3)
+    overlay.zero(BLOCK, BLOCK)
+    assert entries(overlay) == [NEW + 1, ZERO_FLAG + 2, NEW + 3, 0]
+    write(overlay, 1)
+    assert entries(overlay) == [NEW + 1, OVER_ZERO + 2, NEW + 3, 0]
+    flushed(overlay)
+    assert entries(overlay) == [1, 2, 3, 0]
+
+
+def test_write_across_all_kinds_marks_only_what_was_not_here(overlay: Overlay) -> None:
+    write(overlay, 0)
+    flushed(overlay)
+    overlay.zero(2 * BLOCK, BLOCK)
+    write(overlay, 3)
+    write(overlay, 0, 6)
+    assert entries(overlay, 0, 6) == [1, NEW + 3, OVER_ZERO + 4, NEW + 2, NEW + 5, NEW + 6]
+    assert (overlay.stored_bytes, overlay.allocated_bytes) == (6 * BLOCK, 6 * BLOCK)
+    flushed(overlay)
+    assert entries(overlay, 0, 6) == [1, 3, 4, 2, 5, 6]
+
+
+def test_pre_images_are_never_new(overlay: Overlay) -> None:
+    data = memoryview(bytes([OLD]) * 2 * BLOCK)
+    overlay.save(0, data)
+    assert not overlay.store(2 * BLOCK, data)
+    overlay.mark(2 * BLOCK, 2 * BLOCK, False)
+    assert entries(overlay) == [1, 2, 3, 4]
+
+
+def test_failed_write_marks_nothing(overlay: Overlay) -> None:
+    overlay.zero(0, BLOCK)
+    before = entries(overlay)
+    overlay.data = faults = Faults(overlay.data)
+    for count in (1, 3):
+        faults.fail("write", Kind.NO_SPACE, count=1)
+        with pytest.raises(Error):
+            write(overlay, 0, count)
+        assert entries(overlay) == before
+
+
+# When they go.
+
+
+def test_flush_covers_what_was_written_before_it_was_asked_for_and_no_more(
+    held: tuple[Overlay, HeldOffload],
+) -> None:
+    overlay, offload = held
+    write(overlay, 0)
+    first = overlay.flush()
+    write(overlay, 1)
+    second = overlay.flush()  # shares a sync that begins when the first has ended
+    write(overlay, 2)
+    assert entries(overlay) == [NEW + 1, NEW + 2, NEW + 3, 0]
+    offload.run_next()
+    assert entries(overlay) == [1, NEW + 2, NEW + 3, 0]
+    while offload.calls:
+        offload.run_next()
+    assert first is not None
+    assert second is not None
+    assert (first.done, first.error, second.done, second.error) == (True, None, True, None)
+    assert entries(overlay) == [1, 2, NEW + 3, 0]
+    overlay.close()
+
+
+CHANGES: dict[str, tuple[Callable[[Overlay], object], int]] = {
+    "written again": (lambda o: write(o, 2), 3),
+    "zeroed": (lambda o: o.zero(2 * BLOCK, BLOCK), ZERO_FLAG + 3),
+    "zeroed and written": (lambda o: (o.zero(2 * BLOCK, BLOCK), write(o, 2)), OVER_ZERO + 3),
+    "forgotten": (lambda o: o.forget(2 * BLOCK, BLOCK), 0),
+    "forgotten and written": (lambda o: (o.forget(2 * BLOCK, BLOCK), write(o, 2)), NEW + 5),
+}
+
+
+@pytest.mark.parametrize("each", [True, False], ids=["one by one", "in one run"])
+@pytest.mark.parametrize(("change", "entry"), CHANGES.values(), ids=CHANGES)
+def test_flush_leaves_alone_what_has_changed_meanwhile(
+    held: tuple[Overlay, HeldOffload], change: Callable[[Overlay], object], entry: int, each: bool
+) -> None:
+    overlay, offload = held
+    for block in range(4) if each else ():
+        write(overlay, block)
+    if not each:
+        write(overlay, 0, 4)
+    overlay.flush()
+    change(overlay)
+    offload.run_next()
+    assert entries(overlay) == [1, 2, entry, 4]
+    overlay.flush()
+    while offload.calls:
+        offload.run_next()
+    assert entries(overlay)[2] == (entry if entry >= ZERO_FLAG else entry & NOWHERE)
+    overlay.close()
+
+
+def test_flush_whose_data_sync_fails_leaves_its_marks_to_the_next(overlay: Overlay) -> None:
+    write(overlay, 0)
+    overlay.data = faults = Faults(overlay.data)
+    faults.fail("flush", count=1)
+    with pytest.raises(Error):
+        overlay.flush()
+    assert entries(overlay) == [NEW + 1, 0, 0, 0]
+    write(overlay, 1)
+    flushed(overlay)
+    assert entries(overlay) == [1, 2, 0, 0]
+
+
+def test_flush_that_overtakes_one_that_fails_covers_that_ones_writes_too(overlay: Overlay) -> None:
+    overlay.data = faults = Faults(overlay.data)
+    slow = faults.delay("flush", count=1)
+    write(overlay, 0)
+    first = overlay.flush()
+    assert first is not None
+    write(overlay, 1)
+    flushed(overlay)
+    assert entries(overlay) == [1, 2, 0, 0]
+    write(overlay, 2)
+    slow.release()
+    assert first.error is None
+    assert entries(overlay) == [1, 2, NEW + 3, 0], "it was asked for before"
+
+
+def test_flush_whose_map_sync_fails_fails(overlay: Overlay) -> None:
+    write(overlay, 0)
+    overlay._map._file = faults = Faults(overlay._map._file)  # type: ignore[assignment]
+    faults.fail("flush", count=1)
+    with pytest.raises(Error):
+        overlay.flush()
+    assert entries(overlay) == [1, 0, 0, 0], "its data is stable, whenever the mark gets there"
+    flushed(overlay)
+
+
+def test_fua_write_is_flushed_with_all_before_it(overlay: Overlay) -> None:
+    write(overlay, 3)
+    overlay.write(0, [memoryview(b"x" * BLOCK)], fua=True)
+    assert entries(overlay) == [2, 0, 0, 1]
+
+
+def test_flush_of_many_marks_lets_requests_pass(
+    held: tuple[Overlay, HeldOffload], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(allocation_map, "STEP", 2)
+    overlay, offload = held
+    for block in (4, 0, 2, 6):
+        write(overlay, block)
+    first = overlay.flush()
+    offload.run_next()
+    assert sum(entry >= NEW for entry in entries(overlay, 0, 7)) == 2
+    write(overlay, 5)
+    second = overlay.flush()
+    overlay.zero(0, BLOCK)
+    while offload.calls:
+        offload.run_next()
+    assert first is not None
+    assert second is not None
+    assert (first.done, first.error, second.done, second.error) == (True, None, True, None)
+    assert entries(overlay, 0, 7) == [ZERO_FLAG + 2, 0, 3, 0, 1, 5, 4]
+    overlay.close()
+
+
+def test_flush_of_a_run_over_pages_of_the_map(overlay: Overlay) -> None:
+    write(overlay, PER_PAGE - 2, PER_PAGE + 4)
+    overlay.zero(PER_PAGE * BLOCK, BLOCK)
+    flushed(overlay)
+    found = entries(overlay, PER_PAGE - 2, PER_PAGE + 4)
+    assert found == [1, 2, ZERO_FLAG + 3, *range(4, PER_PAGE + 5)]
+
+
+def test_close_while_the_data_is_synced_touches_the_map_no_more(held: tuple[Overlay, HeldOffload]) -> None:
+    overlay, offload = held
+    write(overlay, 0)
+    overlay.flush()
+    overlay.release()
+    offload.run_next()
+    assert Path(f"{overlay.path}.map").read_bytes()[PAGE : PAGE + 4] == (NEW + 1).to_bytes(4, "little")
+
+
+# Another boot.
+
+
+def another_boot(monkeypatch: pytest.MonkeyPatch, name: str = "another boot") -> None:
+    monkeypatch.setattr(boot, "boot_id", lambda: name)
+
+
+def test_open_in_another_boot_undoes_what_was_not_flushed(
+    overlay: Overlay, below: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(overlay, 0)
+    overlay.zero(BLOCK, 2 * BLOCK)
+    write(overlay, 2)
+    flushed(overlay)
+    write(overlay, 0, 2, 0x33)
+    write(overlay, 3, 2, 0x33)
+    write(overlay, 2 * PER_PAGE, 1, 0x33)
+    another_boot(monkeypatch)
+    overlay = reopened(overlay, below)
+    assert entries(overlay, 0, 5) == [1, ZERO_FLAG + 3, 2, 0, 0]
+    assert entries(overlay, 2 * PER_PAGE) == [0, 0, 0, 0]
+    assert (overlay.stored_bytes, overlay.allocated_bytes) == (2 * BLOCK, 3 * BLOCK)
+    found = bytes(overlay.fetch(0, 5 * BLOCK))
+    assert found == b"".join(bytes([byte]) * BLOCK for byte in (0x33, 0, 0x22, OLD, OLD))
+    write(overlay, 3)
+    assert entries(overlay, 3, 1) == [NEW + 4], "the slots behind the last that counts are free again"
+    overlay.close()
+
+
+def test_open_in_the_same_boot_keeps_what_was_not_flushed_and_flushes_it(
+    overlay: Overlay, below: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overlay.zero(0, BLOCK)
+    write(overlay, 0, 2)
+    for _ in range(2):
+        overlay = reopened(overlay, below)
+        assert entries(overlay) == [OVER_ZERO + 1, NEW + 2, 0, 0]
+    write(overlay, 2)
+    flushed(overlay)
+    another_boot(monkeypatch)
+    overlay = reopened(overlay, below)
+    assert entries(overlay) == [1, 2, 3, 0]
+    overlay.close()
+
+
+@pytest.mark.parametrize("died", [False, True])
+def test_death_before_the_header_has_the_new_boot_is_made_good(
+    overlay: Overlay, below: Memory, monkeypatch: pytest.MonkeyPatch, died: bool
+) -> None:
+    write(overlay, 0)
+    path = Path(f"{overlay.path}.map")
+    head = path.read_bytes()[:PAGE]
+    another_boot(monkeypatch)
+    overlay = reopened(overlay, below)
+    write(overlay, 1)
+    overlay.release()
+    content = bytearray(path.read_bytes())
+    assert content[:PAGE] == allocation_map.header(BLOCKS * BLOCK).ljust(PAGE, b"\0")
+    if died:
+        content[:PAGE] = head  # what was done since may be there or not
+        content[PAGE : PAGE + 4] = (NEW + 1).to_bytes(4, "little")
+    else:
+        another_boot(monkeypatch, "a third")
+    path.write_bytes(content)
+    overlay = Overlay("active", overlay.path, below)
+    assert entries(overlay) == [0, 0, 0, 0]
+    overlay.close()
+
+
+def test_open_whose_header_cannot_be_written_fails_and_lets_go(
+    overlay: Overlay, below: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(overlay, 0)
+    overlay.release()
+    another_boot(monkeypatch)
+    with monkeypatch.context() as full:
+        full.setattr("os.pwritev", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+        with pytest.raises(Error) as caught:
+            Overlay("active", overlay.path, below)
+        assert caught.value.kind is Kind.NO_SPACE
+    overlay = Overlay("active", overlay.path, below)
+    assert entries(overlay) == [0, 0, 0, 0]
+    overlay.close()
+
+
+# What the kinds mean to whoever looks at many.
+
+
+def test_states_runs_and_merges_of_all_kinds(tmp_path: Path) -> None:
+    dice = random.Random(5)
+    maps = []
+    length = BLOCKS * BLOCK
+    for name in ("upper", "lower"):
+        path = tmp_path / name
+        path.write_bytes(allocation_map.header(length).ljust(allocation_map.file_size(length), b"\0"))
+        maps.append(AllocationMap(str(path), length))
+        for _ in range(200):
+            first = dice.randrange(BLOCKS - 8)
+            count = dice.randrange(1, 9)
+            kind = dice.choice([0, NEW, OVER_ZERO])
+            maps[-1].assign(first, first + count, kind + 1 + dice.choice([0, 0xFF, 0x3FFF00, MAX_SLOTS - 8]))
+            if dice.random() < 0.3:
+                maps[-1].mark(first, first + count, ZERO)
+    for one in maps:
+        plain = [0 if not entry else ZERO if entry >= ZERO_FLAG else HERE for entry in one.entries(0, BLOCKS)]
+        assert list(one.states(0, BLOCKS)) == plain == [one.state(block) for block in range(BLOCKS)]
+        assert (one.here, one.zero) == (plain.count(HERE), plain.count(ZERO))
+        assert [state for first, last, state in one.runs(0, BLOCKS) for _ in range(first, last)] == plain
+    upper, lower = maps
+    over = {b: upper.state(b) or lower.state(b) for b in range(BLOCKS)}
+    found = {b: state for first, last, state in merged(upper, lower, 0, BLOCKS) for b in range(first, last)}
+    assert found == {block: state for block, state in over.items() if state}
+    for one in maps:
+        one.close()
+
+
+def test_greatest_slot_fits_each_kind() -> None:
+    for kind, behind in ((0, NEW), (NEW, OVER_ZERO), (OVER_ZERO, ZERO_FLAG), (ZERO_FLAG, 1 << 32)):
+        assert kind + MAX_SLOTS < kind + NOWHERE < behind
+
+
+def test_reads_and_writes_over_flushed_and_new_blocks(overlay: Overlay) -> None:
+    write(overlay, 0, 2, 1)
+    flushed(overlay)
+    write(overlay, 2, 2, 2)
+    overlay.zero(5 * BLOCK, BLOCK)
+    write(overlay, 5, 1, 3)
+    expected = b"".join(bytes([byte]) * BLOCK for byte in (1, 1, 2, 2, OLD, 3))
+    into = memoryview(bytearray(len(expected)))
+    overlay.read(0, [into])
+    assert bytes(into) == bytes(overlay.fetch(0, len(expected))) == expected
+    overlay.write(100, [memoryview(b"x" * 5 * BLOCK)])
+    expected = expected[:100] + b"x" * 5 * BLOCK + expected[100 + 5 * BLOCK :]
+    overlay.read(0, [into])
+    assert bytes(into) == expected
+    assert [(o, n) for o, n, _ in overlay.allocated_runs()] == [(0, 6 * BLOCK)]
+    assert [extent.zero for extent in overlay.extents(0, 7 * BLOCK)] == [False]
