@@ -287,15 +287,19 @@ def test_open_in_another_boot_undoes_what_was_not_flushed(
     write(overlay, 0, 2, 0x33)
     write(overlay, 3, 2, 0x33)
     write(overlay, 2 * PER_PAGE, 1, 0x33)
+    overlay.zero(PER_PAGE * BLOCK, BLOCK)
+    write(overlay, PER_PAGE, 1, 0x33)
     another_boot(monkeypatch)
     overlay = reopened(overlay, below)
+    assert entries(overlay, PER_PAGE) == [ZERO_FLAG + 7, 0, 0, 0], "alone in its page"
+    overlay.forget(PER_PAGE * BLOCK, BLOCK)
     assert entries(overlay, 0, 5) == [1, ZERO_FLAG + 3, 2, 0, 0]
     assert entries(overlay, 2 * PER_PAGE) == [0, 0, 0, 0]
     assert (overlay.stored_bytes, overlay.allocated_bytes) == (2 * BLOCK, 3 * BLOCK)
     found = bytes(overlay.fetch(0, 5 * BLOCK))
     assert found == b"".join(bytes([byte]) * BLOCK for byte in (0x33, 0, 0x22, OLD, OLD))
     write(overlay, 3)
-    assert entries(overlay, 3, 1) == [NEW + 4], "the slots behind the last that counts are free again"
+    assert entries(overlay, 3, 1) == [NEW + 8], "the slots behind the last that counts are free again"
     overlay.close()
 
 
@@ -336,6 +340,28 @@ def test_death_before_the_header_has_the_new_boot_is_made_good(
     path.write_bytes(content)
     overlay = Overlay("active", overlay.path, below)
     assert entries(overlay) == [0, 0, 0, 0]
+    overlay.close()
+
+
+def test_death_while_marks_are_undone_leaves_the_header_as_it_was(
+    overlay: Overlay, below: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(overlay, 0)
+    write(overlay, PER_PAGE)
+    another_boot(monkeypatch)
+    undo = AllocationMap._take_up
+
+    def dies(self: AllocationMap, first: int, content: bytes, this_boot: bool) -> bytes:
+        if first:
+            raise Error(Kind.IO, "death")
+        return undo(self, first, content, this_boot)
+
+    with monkeypatch.context() as dying:
+        dying.setattr(AllocationMap, "_take_up", dies)
+        with pytest.raises(Error, match="death"):
+            reopened(overlay, below)
+    overlay = Overlay("active", overlay.path, below)
+    assert entries(overlay, PER_PAGE) == [0, 0, 0, 0]
     overlay.close()
 
 

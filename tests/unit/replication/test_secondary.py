@@ -714,6 +714,43 @@ def test_power_loss_during_the_commit_goes_on_with_it(site, monkeypatch, stopped
     run(story())
 
 
+def test_failover_of_durable_pre_images_says_so_at_once(tmp_path, monkeypatch):
+    async def story():
+        site = Site(tmp_path)
+        await started(site)
+        assert await site.engine.failover(latest=False)
+        assert manifests.load(site.directory).whole
+        await killed(site)
+        monkeypatch.setattr(boot, "boot_id", lambda: "another boot")
+        await site.reopen()
+        await site.committed()
+        assert site.engine.stage is Stage.DONE
+
+    run(story())
+
+
+def test_closed_before_the_checkpoint_is_stable_goes_on_after_boots(tmp_path, monkeypatch):
+    async def story():
+        site = await failed_over_unflushed(tmp_path)
+        site.disk.syncing, pending = None, site.disk.syncing
+        await site.engine.close()
+        assert manifests.load(site.directory).clean
+        assert not manifests.load(site.directory).whole
+        pending[0].complete()
+        site.disk.syncing = []
+        for name in ("another boot", "and another"):
+            monkeypatch.setattr(boot, "boot_id", lambda name=name: name)
+            await site.reopen()
+            site.engine._commit_task.cancel()
+            await asyncio.gather(site.engine._commit_task, return_exceptions=True)
+        site.disk.syncing = None
+        await site.reopen()
+        await site.committed()
+        assert site.sec(0, MiB) == {OLD}
+
+    run(story())
+
+
 def test_commit_that_cannot_make_the_checkpoint_stable_fails_and_copies_nothing(tmp_path):
     async def story():
         site = await failed_over_unflushed(tmp_path)
