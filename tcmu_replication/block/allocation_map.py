@@ -72,7 +72,7 @@ MAGIC = b"tcmurmap"
 VERSION = 3
 
 STEP = 1 << 13
-"""Marks that a flush looks at in one go: about a millisecond, so that requests pass meanwhile."""
+"""Marks that a flush looks at in one go: a millisecond or two, so that requests pass meanwhile."""
 
 _RUNS = re.compile(rb"\x00+|\x01+|\x02+")
 _LOW = bytes(bool(byte) for byte in range(256))
