@@ -637,8 +637,9 @@ async def failed_over_unflushed(tmp_path):
     await site.forward(0, MiB)
     site.disk.syncing = []
     assert await site.engine.failover(latest=False)
-    while not site.disk.syncing:
-        await asyncio.sleep(0.001)
+    async with asyncio.timeout(30):
+        while not site.disk.syncing:
+            await asyncio.sleep(0.001)
     return site
 
 
@@ -686,8 +687,9 @@ def test_power_loss_during_the_commit_goes_on_with_it(site, monkeypatch, stopped
         await started(site)
         await site.forward(0, MiB)
         assert await site.engine.failover(latest=False)
-        while not manifests.load(site.directory).whole:
-            await asyncio.sleep(0.001)
+        async with asyncio.timeout(30):
+            while not manifests.load(site.directory).whole:
+                await asyncio.sleep(0.001)
         await site.own(0, BLOCK)
         await site.own(BLOCK, BLOCK, OWN + 1)
         await settle(site.engine.top.flush())
