@@ -12,7 +12,7 @@ from __future__ import annotations
 from tcmu_replication.units import MiB
 
 CAPACITY = 1 * MiB
-"""The size of a fresh buffer. Untouched pages of it cost nothing."""
+"""The size of a fresh buffer, all of which is memory in use."""
 KEEP = 16 * MiB
 """A larger buffer, which a very long request needed, is given back when it is empty."""
 
@@ -30,7 +30,7 @@ class Memory:
 
 def capacity_for(message: int) -> int:
     """A size that holds several messages of that length, so that moving incomplete ones stays rare."""
-    return max(CAPACITY, message + min(7 * message, 8 * MiB))
+    return max(CAPACITY, message + min(15 * message, 8 * MiB))
 
 
 class Stream:
@@ -46,7 +46,7 @@ class Stream:
         """Where to receive into, with room for the whole of a message of `message` bytes at `start`.
 
         Bytes that are in already move to the front, or into a fresh buffer if a request
-        holds this one or the message is longer than it. Never empty.
+        holds this one or it is too small for several messages of that length. Never empty.
         """
         memory = self.memory
         capacity = len(memory.data)
@@ -62,7 +62,7 @@ class Stream:
     def _make_room(self, message: int) -> None:
         old, count = self.memory, self.end - self.start
         needed = max(message, count + 1)
-        if old.held or needed > len(old.data):
+        if old.held or len(old.data) < max(needed, capacity_for(message)):
             self.memory = Memory(capacity_for(needed))
         self.memory.view[:count] = old.view[self.start : self.end]
         self.start, self.end = 0, count

@@ -71,9 +71,31 @@ def test_stream_grows_for_a_long_message_and_gives_back() -> None:
     assert len(one.memory.data) == CAPACITY
 
 
+def test_stream_grows_where_few_messages_of_a_length_fit() -> None:
+    one = Stream()
+    long = CAPACITY // 2
+    receive(one, b"a" * CAPACITY, long)
+    one.start = long + 10
+    assert len(one.room(long)) > 2 * CAPACITY
+    assert one.memory.data[: one.end] == b"a" * (long - 10)
+    memory = one.memory
+    one.start = one.end = len(memory.data) - 10
+    one.room(long)
+    assert one.memory is memory  # large enough for good
+
+
+def test_stream_that_is_full_of_short_messages_does_not_grow() -> None:
+    one = Stream()
+    receive(one, b"a" * CAPACITY, 28)
+    one.start = CAPACITY // 2
+    one.room(28)
+    assert len(one.memory.data) == CAPACITY
+
+
 def test_capacity_holds_several_messages() -> None:
     assert stream.capacity_for(28) == CAPACITY
-    assert stream.capacity_for(1 << 20) == 8 << 20
+    assert stream.capacity_for(1 << 18) == 4 << 20
+    assert stream.capacity_for(1 << 20) == 9 << 20
     assert stream.capacity_for(32 << 20) == 40 << 20
 
 
