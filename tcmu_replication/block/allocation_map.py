@@ -47,7 +47,7 @@ from functools import partial
 from tcmu_replication.block import boot
 from tcmu_replication.block.file import File
 from tcmu_replication.block.offload import Offload
-from tcmu_replication.block.pending import Pending, after
+from tcmu_replication.block.pending import Pending, attempt
 from tcmu_replication.errors import Error, Kind, from_os
 from tcmu_replication.units import BLOCK, round_up
 
@@ -284,22 +284,11 @@ class AllocationMap:
 
         A mark that is not as it was is left alone, for it is of another flush. Long lists are done in steps.
         """
-        left = STEP
-        while self._batches and self._ended_batches < named:
-            batch = self._batches[0]
-            while batch and left > 0:
-                run = batch.pop()
-                left -= self._settle(batch.pop(), 1 + (run >> 32), run & 0xFFFFFFFF)
-            if not batch:
-                self._batches.popleft()
-                self._ended_batches += 1
-            elif self._offload is not None:
-                # There and back, behind what the loop has to do meanwhile.
-                turn = self._offload(lambda: None, f"settle {self.path}")
-                return after(turn, partial(self.data_flushed, named))
-            else:
-                left = STEP
-        return None
+        if self._settle_some(named):
+            return None
+        settled = Pending()
+        self._turn().then(partial(self._settle_more, named, settled))
+        return settled
 
     def close(self, *, empty: bool = False) -> None:
         """Unmap and unlock; `empty` the file first if it is about to be removed. Twice is fine.
@@ -320,6 +309,38 @@ class AllocationMap:
         before = self.states(first, last)
         self.here -= before.count(HERE)
         self.zero -= before.count(ZERO)
+
+    def _turn(self) -> Pending:
+        """There and back, behind what the loop has to do meanwhile."""
+        assert self._offload is not None
+        return self._offload(lambda: None, f"settle {self.path}")
+
+    def _settle_more(self, named: int, settled: Pending, turn: Pending) -> None:
+        """The next step. Not by recursion: there may be thousands."""
+        error, pending = turn.error, None
+        if error is None and not self._settle_some(named):
+            error, pending = attempt(self._turn)
+        if pending is None:
+            settled.complete(error)
+        else:
+            pending.then(partial(self._settle_more, named, settled))
+
+    def _settle_some(self, named: int) -> bool:
+        """One step, or without an Offload all of them. Whether all that was `named` is settled."""
+        left = STEP
+        while self._batches and self._ended_batches < named:
+            batch = self._batches[0]
+            while batch and left > 0:
+                run = batch.pop()
+                left -= self._settle(batch.pop(), 1 + (run >> 32), run & 0xFFFFFFFF)
+            if not batch:
+                self._batches.popleft()
+                self._ended_batches += 1
+            elif self._offload is not None:
+                return False
+            else:
+                left = STEP
+        return True
 
     def _settle(self, first: int, count: int, entry: int) -> int:
         """These marks, unless they have changed, are for good. What it took, in marks looked at one by one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -250,6 +251,23 @@ def test_flush_of_many_marks_lets_requests_pass(
     assert second is not None
     assert (first.done, first.error, second.done, second.error) == (True, None, True, None)
     assert entries(overlay, 0, 7) == [ZERO_FLAG + 2, 0, 3, 0, 1, 5, 4]
+    overlay.close()
+
+
+def test_flush_of_very_many_marks_ends(
+    held: tuple[Overlay, HeldOffload], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(allocation_map, "STEP", 1)
+    overlay, offload = held
+    steps = sys.getrecursionlimit()
+    for block in range(0, 2 * steps, 2):
+        write(overlay, block)
+    flushing = overlay.flush()
+    while offload.calls:
+        offload.run_next()
+    assert flushing is not None
+    assert (flushing.done, flushing.error) == (True, None)
+    assert entries(overlay, 2 * steps - 2, 1) == [steps]
     overlay.close()
 
 
