@@ -473,14 +473,15 @@ class Secondary(End):
             await asyncio.sleep(GRACE_S)
             await self._make_whole()
             await commit.run()
-            self._save(stage=Stage.DONE, error=None)
+            async with self.top.quiet():  # what is under way may still use the overlays
+                self._save(stage=Stage.DONE, error=None)
+                self.filter.reads = self.filter.writes = self.disk
         except Error as error:
             commit.end(JobStatus.FAILED, str(error))
             self._commit_failed(error)
             return
         finally:
             threads.close()
-        self.filter.reads = self.filter.writes = self.disk
         self.machine.forget_error()
         self.machine.move(Operation.COMMIT_DONE)
         old, self._pair = self._pair, None

@@ -772,6 +772,81 @@ def test_commit_that_cannot_make_the_checkpoint_stable_fails_and_copies_nothing(
     run(story())
 
 
+class ColdDisk(SlowDisk):
+    """And whose reads end when the test says so."""
+
+    reading = None
+
+    def read(self, offset, buffers):
+        if self.reading is None:
+            return super().read(offset, buffers)
+        self.reading.append((Pending(), offset, buffers))
+        return self.reading[-1][0]
+
+    def arrived(self):
+        reading, self.reading = self.reading, None
+        for pending, offset, buffers in reading:
+            self.read(offset, buffers)
+            pending.complete()
+
+
+def test_request_under_way_when_the_commit_ends_still_has_the_overlays(tmp_path):
+    async def story():
+        site = Site(tmp_path, ColdDisk(LENGTH))
+        site.disk.data[:] = bytes([OLD]) * LENGTH
+        await started(site)
+        await site.own(BLOCK, BLOCK)
+        site.disk.syncing = []
+        assert await site.engine.failover(latest=False)
+        async with asyncio.timeout(30):
+            while not site.disk.syncing:
+                await asyncio.sleep(0.001)
+        assert site.engine.top.held
+        site.disk.reading, pair = [], site.engine._pair
+        reads = [asyncio.create_task(site.top(block * BLOCK)) for block in (0, 1)]
+        await asyncio.sleep(0)
+        syncing, site.disk.syncing = site.disk.syncing, None
+        syncing[0].complete()
+        async with asyncio.timeout(30):
+            while len(site.disk.reading) < len(reads):
+                await asyncio.sleep(0.001)
+        await asyncio.sleep(0)
+        assert not pair.active.ejected
+        site.disk.arrived()
+        async with asyncio.timeout(30):
+            assert await asyncio.gather(*reads) == [{OLD}, {OWN}]
+            await site.committed()
+            await site.engine._sweeper
+        assert pair.active.ejected
+        assert site.engine.stage is Stage.DONE
+
+    run(story())
+
+
+def test_commit_that_is_cancelled_when_all_is_copied_is_taken_up_again(tmp_path):
+    async def story():
+        site = Site(tmp_path, ColdDisk(LENGTH))
+        await started(site)
+        assert await site.engine.failover(latest=False)
+        site.disk.reading = []
+        read = asyncio.create_task(site.top(0))
+        async with asyncio.timeout(30):
+            while not site.engine.top.held:
+                await asyncio.sleep(0.001)
+        await site.engine.cancel_commit()
+        assert site.engine.stage is Stage.FAILOVER_FAILED
+        site.disk.arrived()
+        assert await read == {0}
+        await site.own(0, BLOCK)
+        assert site.sec(0) == {OWN}
+        await site.reopen()
+        await site.committed()
+        assert site.engine.stage is Stage.DONE
+        assert await site.top(0) == {OWN}
+
+    run(story())
+
+
 def test_failover_itself_does_not_wait_for_the_disk(tmp_path):
     async def story():
         site = await failed_over_unflushed(tmp_path)
