@@ -335,8 +335,9 @@ def test_commit_fails_with_the_sync_and_forgets_nothing(tmp_path):
         chain.active.write(0, [memoryview(b"\5" * 2 * MiB)])
         with chain.commit() as (job, _, _):
             running = asyncio.create_task(job.run())
-            await until(lambda: chain.disk.syncs)
-            chain.disk.syncs[0].complete(Error(Kind.IO, "the medium is broken"))
+            await until(lambda: len(chain.disk.syncs) == commits.AHEAD)  # in whatever order
+            for sync in chain.disk.syncs:
+                sync.complete(Error(Kind.IO, "the medium is broken"))
             with pytest.raises(Error, match="the medium is broken"):
                 await running
         assert chain.active.allocated_bytes == 2 * MiB
