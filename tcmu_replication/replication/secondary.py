@@ -140,6 +140,9 @@ class Secondary(End):
         error = self._after_restart(found)
         pair = self._epochs.open(found.epoch)
         try:
+            # Slots of forgotten blocks are taken anew now: those marks must not come back with a loss of power.
+            await settle(pair.hidden.sync_map())
+            await settle(pair.active.sync_map())
             self._save(boot=boot.boot_id(), clean=False, whole=found.whole or found.clean, error=error)
             self._pair = pair
             if found.stage is Stage.RUNNING:

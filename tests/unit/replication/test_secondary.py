@@ -3,6 +3,7 @@
 import asyncio
 import os
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -712,6 +713,41 @@ def test_power_loss_during_the_commit_goes_on_with_it(site, monkeypatch, stopped
         await site.committed()
         assert site.sec(0) == {OWN}
         assert site.sec(2 * BLOCK, MiB - 2 * BLOCK) == {OLD}
+
+    run(story())
+
+
+def test_slot_that_the_commit_forgot_is_taken_anew_only_once_that_is_stable(site, monkeypatch):
+    stable = {}
+
+    def fdatasync(fd):
+        path = Path(os.readlink(f"/proc/self/fd/{fd}"))
+        stable[path] = path.read_bytes()
+
+    async def story():
+        monkeypatch.setattr(os, "fdatasync", fdatasync)
+        monkeypatch.setattr(commit.Commit, "run", lambda self: asyncio.Event().wait())
+        await started(site)
+        await site.forward(2 * BLOCK, BLOCK)
+        await site.own(0, BLOCK)
+        await settle(site.engine.top.flush())
+        assert await site.engine.failover(latest=False)
+        async with asyncio.timeout(30):
+            while not manifests.load(site.directory).whole:
+                await asyncio.sleep(0.001)
+        site.disk.data[:BLOCK] = bytes([OWN]) * BLOCK  # as the commit does, but for the end of it
+        site.engine._pair.active.forget(0, BLOCK)
+        await killed(site)
+        await site.reopen()
+        await site.own(2 * BLOCK, BLOCK, OWN + 1)
+        await killed(site)
+        site.engine._pair.close()
+        active = Path(f"{site.engine._pair.active.path}.map")
+        active.write_bytes(stable[active])
+        monkeypatch.setattr(boot, "boot_id", lambda: "another boot")
+        await site.reopen()
+        assert await site.top(0) == {OWN}
+        await killed(site)
 
     run(story())
 
