@@ -74,6 +74,9 @@ VERSION = 3
 STEP = 1 << 13
 """Marks that a flush looks at in one go: a millisecond or two, so that requests pass meanwhile."""
 
+MANY = 1 << 20
+"""So many marks (runs of blocks) that are not flushed are enough: each takes 16 bytes, and the next flush some time."""
+
 _RUNS = re.compile(rb"\x00+|\x01+|\x02+")
 _LOW = bytes(bool(byte) for byte in range(256))
 _TOP = bytes(2 if byte >= ZERO_FLAG >> 24 else bool(byte) for byte in range(256))
@@ -107,7 +110,7 @@ class AllocationMap:
     """The map of one overlay, open and locked. Blocks are numbered; ranges of them are half-open.
 
     `here` and `zero` count the blocks in these states. `slots` is what was in use when it was opened:
-    slots from there on are nobody's.
+    slots from there on are nobody's. `crowded` asks for a flush: there are MANY marks without one.
     """
 
     def __init__(self, path: str, length: int, offload: Offload | None = None) -> None:
@@ -120,6 +123,7 @@ class AllocationMap:
         self.here = 0
         self.zero = 0
         self.slots = 0
+        self.crowded = False
         self._file = File(path, offload=offload)
         # The marks that are not flushed yet, as pairs: a block; its entry, and from bit 32 on how many blocks
         # follow in the slots behind. Those that a flush was asked for are in the batches.
@@ -250,6 +254,8 @@ class AllocationMap:
         if entry >= NEW:
             self._unflushed.append(first)
             self._unflushed.append(entry if last - first == 1 else entry + (last - first - 1 << 32))
+            if len(self._unflushed) >= 2 * MANY:
+                self.crowded = True
 
     def mark(self, first: int, last: int, state: int) -> None:
         """Set the range's state, HERE without a place. Raises `Error` (NO_SPACE); never after `prepare`."""
@@ -277,6 +283,7 @@ class AllocationMap:
         if self._unflushed:
             self._batches.append(self._unflushed)
             self._unflushed = array("Q")
+            self.crowded = False
         return self._ended_batches + len(self._batches)
 
     def data_flushed(self, named: int) -> Pending | None:

@@ -187,8 +187,13 @@ class Overlay(Node):
             whole[run[0] - offset : run[0] - offset + run[1]] = self._fetch_run(*run)
         return whole
 
-    def write(self, offset: int, buffers: Buffers, fua: bool = False) -> Pending | None:
-        """See `Node.write`. Raises `Error` NO_SPACE at the limit or on a full filesystem."""
+    def write(
+        self, offset: int, buffers: Buffers, fua: bool = False, may_flush: bool = True
+    ) -> Pending | None:
+        """See `Node.write`. Raises `Error` NO_SPACE at the limit or on a full filesystem.
+
+        Where nobody flushes one write of very many does, as FUA would; `may_flush` says that it may.
+        """
         end = offset + (len(buffers[0]) if len(buffers) == 1 else size(buffers))
         first, last = offset // BLOCK, (end - 1) // BLOCK + 1
         try:
@@ -211,8 +216,8 @@ class Overlay(Node):
         except Error as error:
             if error.kind is not Kind.NO_SPACE or not self._make_space():
                 raise
-            return self.write(offset, buffers, fua)
-        return self.flush() if fua else None
+            return self.write(offset, buffers, fua, may_flush)
+        return self.flush() if fua or (self._map.crowded and may_flush) else None
 
     def zero(self, offset: int, length: int, fua: bool = False, unmap: bool = True) -> Pending | None:
         """See `Node.zero`. Raises `Error` as `write` does."""
@@ -586,7 +591,7 @@ class Overlay(Node):
 
     def _zero_part(self, offset: int, length: int) -> None:
         if length > 0 and self._map.state(offset // BLOCK) != ZERO:
-            self.write(offset, zeroes(length))
+            self.write(offset, zeroes(length), may_flush=False)  # nobody would wait for its end
 
     def _zero_blocks(self, first: int, last: int) -> None:
         try:

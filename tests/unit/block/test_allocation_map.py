@@ -271,6 +271,45 @@ def test_flush_of_very_many_marks_ends(
     overlay.close()
 
 
+def test_writes_that_nobody_flushes_are_flushed_by_one_of_many(
+    held: tuple[Overlay, HeldOffload], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(allocation_map, "MANY", 3)
+    overlay, offload = held
+    block = memoryview(b"x" * BLOCK)
+    for _ in range(2):  # the same blocks, again and again
+        overlay.zero(0, 2 * BLOCK)
+        assert overlay.write(0, [block]) is None
+        assert overlay.write(BLOCK, [block]) is None
+        assert overlay.write(BLOCK, [block]) is None
+        overlay.zero(8 * BLOCK + 512, 512)
+        overlay.zero(0, BLOCK)
+        flushing = overlay.write(0, [block])
+        assert flushing is not None
+        assert overlay.write(4 * BLOCK, [block]) is None, "others do not wait for it"
+        assert entries(overlay, 0, 2) == [OVER_ZERO + 1, OVER_ZERO + 2]
+        while offload.calls:
+            offload.run_next()
+        assert (flushing.done, flushing.error) == (True, None)
+        assert entries(overlay, 0, 2) == [1, 2]
+        assert overlay.flush() is not None
+        while offload.calls:
+            offload.run_next()
+        overlay.forget(4 * BLOCK, 8 * BLOCK)
+    overlay.close()
+
+
+def test_zero_of_parts_starts_no_flush_that_nobody_waits_for(
+    held: tuple[Overlay, HeldOffload], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(allocation_map, "MANY", 1)
+    overlay, offload = held
+    assert overlay.zero(512, 3 * BLOCK) is None
+    assert not offload.calls
+    assert overlay.write(0, [memoryview(b"x" * 512)]) is not None
+    overlay.close()
+
+
 def test_flush_of_a_run_over_pages_of_the_map(overlay: Overlay) -> None:
     write(overlay, PER_PAGE - 2, PER_PAGE + 4)
     overlay.zero(PER_PAGE * BLOCK, BLOCK)
