@@ -402,9 +402,10 @@ class AllocationMap:
             return content
         for at, entry in unflushed:
             entries[at] = 0 if entry < OVER_ZERO else entry | ZERO_FLAG
-        before = memoryview(array("I", entries))
-        self._entries[first : first + PER_PAGE] = before
-        return before.tobytes()
+        before = array("I", entries).tobytes()
+        # No store: where a rewrite needs new space (btrfs, a snapshot of XFS), that is an error of this open.
+        self._file.write(PAGE + first * ENTRY, [memoryview(before)])
+        return before
 
 
 def _states(entries: bytes) -> bytes:

@@ -422,17 +422,19 @@ def test_death_while_marks_are_undone_leaves_the_header_as_it_was(
     overlay.close()
 
 
-def test_open_whose_header_cannot_be_written_fails_and_lets_go(
+def test_open_in_another_boot_on_a_full_filesystem_fails_and_lets_go(
     overlay: Overlay, below: Memory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(overlay, 0)
     overlay.release()
+    before = Path(f"{overlay.path}.map").read_bytes()
     another_boot(monkeypatch)
     with monkeypatch.context() as full:
         full.setattr("os.pwritev", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
         with pytest.raises(Error) as caught:
             Overlay("active", overlay.path, below)
         assert caught.value.kind is Kind.NO_SPACE
+    assert Path(f"{overlay.path}.map").read_bytes() == before, "a store that finds no space kills the process"
     overlay = Overlay("active", overlay.path, below)
     assert entries(overlay) == [0, 0, 0, 0]
     overlay.close()
