@@ -434,6 +434,8 @@ class Primary(End):
         except OSError as e:
             raise from_os(e, f"create {path}") from e
         self.out_of_sync = AllocationMap(str(path), self.disk.length)
+        # Before a manifest names it: without its header the next boot would refuse it.
+        self.out_of_sync.flush()
 
     def _missed(self, offset: int, length: int, error: Error) -> None:
         """The filter: the peer did not get this range."""

@@ -1,6 +1,7 @@
 """The primary's engine against a real NBD server: forwarding, gaps, checkpoints, restarts, detach."""
 
 import asyncio
+import os
 
 import pytest
 
@@ -400,6 +401,27 @@ def test_power_loss_is_not_taken_for_in_sync(site, monkeypatch):
             site.engine.get_error()
         with pytest.raises(Error, match="without a clean stop"):
             await site.engine.checkpoint()
+
+    run(site, story)
+
+
+def test_power_loss_right_after_start_leaves_a_whole_map_of_missed_writes(site, monkeypatch):
+    path = site.state / "out-of-sync.map"
+    stable = {}
+
+    def fdatasync(fd):
+        stable[os.readlink(f"/proc/self/fd/{fd}")] = path.read_bytes()
+
+    async def story():
+        monkeypatch.setattr(os, "fdatasync", fdatasync)
+        await site.engine.start(Mode.PRIMARY)
+        path.write_bytes(stable.get(str(path), bytes(path.stat().st_size)))
+        monkeypatch.setattr(boot, "boot_id", lambda: "another boot")
+        await site.reopen()
+        assert site.engine.stage is Stage.RUNNING
+        await site.write(0, 5)
+        assert site.byte(0) == (5, 0)
+        assert site.engine.out_of_sync_bytes == BLOCK
 
     run(site, story)
 
