@@ -179,9 +179,8 @@ class Host:
         """Power loss: SIGKILL to its kernel. The disks keep what the kernel had written to them."""
         if self._process is None:
             return
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
-        # Its programs are processes of their own here; the session is theirs alone.
+        # Its programs are processes of their own here, in a session that is theirs alone. All are killed in one call:
+        # a program whose kernel has died before it makes its next system calls to the kernel of this machine.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
