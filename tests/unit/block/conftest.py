@@ -44,6 +44,11 @@ class HeldOffload(Offload):
         except Error as error:
             pending.complete(error)
 
+    def run_all(self) -> None:
+        """These calls, and those that their ends lead to."""
+        while self.calls:
+            self.run_next()
+
 
 @pytest.fixture
 def loop() -> Iterator[asyncio.AbstractEventLoop]:

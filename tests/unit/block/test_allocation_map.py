@@ -150,8 +150,7 @@ def test_flush_covers_what_was_written_before_it_was_asked_for_and_no_more(
     assert entries(overlay) == [NEW + 1, NEW + 2, NEW + 3, 0]
     offload.run_next()
     assert entries(overlay) == [1, NEW + 2, NEW + 3, 0]
-    while offload.calls:
-        offload.run_next()
+    offload.run_all()
     assert first is not None
     assert second is not None
     assert (first.done, first.error, second.done, second.error) == (True, None, True, None)
@@ -183,8 +182,7 @@ def test_flush_leaves_alone_what_has_changed_meanwhile(
     offload.run_next()
     assert entries(overlay) == [1, 2, entry, 4]
     overlay.flush()
-    while offload.calls:
-        offload.run_next()
+    offload.run_all()
     assert entries(overlay)[2] == (entry if entry >= ZERO_FLAG else entry & NOWHERE)
     overlay.close()
 
@@ -245,8 +243,7 @@ def test_flush_of_many_marks_lets_requests_pass(
     write(overlay, 5)
     second = overlay.flush()
     overlay.zero(0, BLOCK)
-    while offload.calls:
-        offload.run_next()
+    offload.run_all()
     assert first is not None
     assert second is not None
     assert (first.done, first.error, second.done, second.error) == (True, None, True, None)
@@ -263,8 +260,7 @@ def test_flush_of_very_many_marks_ends(
     for block in range(0, 2 * steps, 2):
         write(overlay, block)
     flushing = overlay.flush()
-    while offload.calls:
-        offload.run_next()
+    offload.run_all()
     assert flushing is not None
     assert (flushing.done, flushing.error) == (True, None)
     assert entries(overlay, 2 * steps - 2, 1) == [steps]
@@ -288,13 +284,11 @@ def test_writes_that_nobody_flushes_are_flushed_by_one_of_many(
         assert flushing is not None
         assert overlay.write(4 * BLOCK, [block]) is None, "others do not wait for it"
         assert entries(overlay, 0, 2) == [OVER_ZERO + 1, OVER_ZERO + 2]
-        while offload.calls:
-            offload.run_next()
+        offload.run_all()
         assert (flushing.done, flushing.error) == (True, None)
         assert entries(overlay, 0, 2) == [1, 2]
         assert overlay.flush() is not None
-        while offload.calls:
-            offload.run_next()
+        offload.run_all()
         overlay.forget(4 * BLOCK, 8 * BLOCK)
     overlay.close()
 

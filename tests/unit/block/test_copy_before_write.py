@@ -207,8 +207,7 @@ def test_cbw_durable_writes_of_a_block_keep_their_order_over_batches(tmp_path: P
     assert pair.write(5 * BLOCK + BLOCK, b"new block") == []
     pair.filter.unplug()
     assert ends == [[], [], [], [], []]
-    while offload.calls:
-        offload.run_next()
+    offload.run_all()
     assert ends == [[True]] * 5
     assert pair.memory.data[: BLOCK + 1] == b"12" + b"1" * (BLOCK - 2) + b"3"
     assert pair.memory.data[5 * BLOCK - 1 : 5 * BLOCK + 1] == b"14"
@@ -268,8 +267,7 @@ def test_cbw_durable_failed_batch_keeps_the_marks_of_the_one_before(
     offload.run_next()
     assert first == [True]
     pair.hidden._map._file._lost = Error(Kind.IO, "sync fails on cue")
-    while offload.calls:
-        offload.run_next()
+    offload.run_all()
     assert second == [False]
     assert pair.memory.data == changed((0, b"1"))
     assert pair.checkpoint() == OLD
@@ -283,8 +281,7 @@ def test_cbw_durable_write_behind_a_batch_that_fails_saves_for_itself(tmp_path: 
     second = pair.write(2, b"2" * BLOCK)
     pair.filter.unplug()
     pair.ledger.map_fails = Error(Kind.IO, "sync fails on cue")
-    while offload.calls:
-        offload.run_next()
+    offload.run_all()
     assert (first, second) == ([False], [True])
     assert pair.memory.data == changed((2, b"2" * BLOCK))
     assert pair.checkpoint() == OLD
