@@ -752,6 +752,31 @@ def test_slot_that_the_commit_forgot_is_taken_anew_only_once_that_is_stable(site
     run(story())
 
 
+def test_marks_that_were_forgotten_are_stably_so_after_an_open(site, monkeypatch):
+    stable = {}
+
+    def fdatasync(fd):
+        path = Path(os.readlink(f"/proc/self/fd/{fd}"))
+        stable[path] = path.read_bytes()
+
+    async def story():
+        monkeypatch.setattr(os, "fdatasync", fdatasync)
+        await started(site)
+        await site.forward(0, BLOCK)
+        await site.own(BLOCK, BLOCK)
+        for overlay in site.engine._pair:
+            await settle(overlay.flush())
+            overlay.forget(0, 2 * BLOCK)  # as after marks that could not be synced
+        site.engine._pair.close()  # what the death of the process does
+        await site.reopen()
+        for overlay in site.engine._pair:
+            path = Path(f"{overlay.path}.map")
+            assert stable[path] == path.read_bytes(), overlay.name
+        await site.engine.close()
+
+    run(story())
+
+
 def test_failover_of_durable_pre_images_says_so_at_once(tmp_path, monkeypatch):
     async def story():
         site = Site(tmp_path)
