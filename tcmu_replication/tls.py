@@ -21,6 +21,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+from tcmu_replication import ownership
 from tcmu_replication.errors import Error, Kind
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,8 @@ class Context(ssl.SSLContext):
     `names` are those of which the peer's certificate must have one in its
     subjectAltName: host names and addresses; without any, every certificate of
     the CA will do. `refused(sentence)` hears of each peer that is not let in.
-    Raises Error BAD_CONFIG that names the file.
+    Raises Error BAD_CONFIG that names the file, also if others could change it,
+    or read the key.
     """
 
     sslobject_class = _Verified
@@ -120,6 +122,7 @@ class Context(ssl.SSLContext):
                     file.read(1)
             except OSError as error:
                 raise _refusal(path, error.strerror or str(error)) from error
+            ownership.check(path, ownership.SECRET if path is key else ownership.FILE)
         try:
             self.load_verify_locations(authority)
         except (ssl.SSLError, ValueError) as error:

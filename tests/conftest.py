@@ -14,6 +14,9 @@ settings.register_profile(
 )
 settings.load_profile("tests")
 
+# Where a group may write is refused in places, and some users' files are made so.
+os.umask(0o022)
+
 # Some thousand tests in one process: what one leaves to the garbage collector is not to fail another.
 DESCRIPTORS = 8192
 soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -7,6 +7,7 @@ import os
 import struct
 from pathlib import Path
 
+from tcmu_replication import ownership
 from tcmu_replication.errors import Error, Kind, from_os
 
 _FLOCK = struct.Struct("@hhqqi4x")
@@ -22,12 +23,14 @@ def lock_path(socket_path: Path) -> Path:
 def hold(socket_path: Path) -> int:
     """Take the lock and return its descriptor; closing it gives the lock up.
 
-    Raises CONFLICT if it is held. An open-file-description lock: a POSIX one
-    would go as soon as this process closed the file anywhere else.
+    Raises CONFLICT if it is held, and BAD_CONFIG if others may write in its directory: they
+    could put a socket of their own in the place of ours. An open-file-description lock: a POSIX
+    one would go as soon as this process closed the file anywhere else.
     """
     path = lock_path(socket_path)
+    ownership.check(path.parent, ownership.DIRECTORY)
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
         raise from_os(error, f"open {path}") from error
     try:
@@ -44,7 +47,7 @@ def hold(socket_path: Path) -> int:
 def holder(socket_path: Path) -> int | None:
     """The process that holds the lock, asked without taking it; None if nobody does."""
     try:
-        descriptor = os.open(lock_path(socket_path), os.O_RDWR | os.O_CLOEXEC)
+        descriptor = os.open(lock_path(socket_path), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:
         return None
     try:

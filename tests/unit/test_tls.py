@@ -147,6 +147,7 @@ def test_wrong_file_is_named(made: Path, tmp_path: Path, row: str) -> None:
     directory = broken(made, tmp_path)
     (directory / name).unlink()
     if content is not None:
+        (directory / name).touch(mode=0o600)
         (directory / name).write_bytes(content)
     with pytest.raises(Error, match=said) as caught:
         server(directory)
@@ -170,6 +171,41 @@ def test_key_with_a_passphrase_is_refused_and_not_asked_for(made: Path, tmp_path
     locked.rename(key)
     with pytest.raises(Error, match=r"server-key.pem: it has a passphrase"):
         server(directory)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "said"),
+    [
+        ("server-key.pem", 0o644, "others may read it; expected "),
+        ("server-cert.pem", 0o666, "others may write it; expected 0644 or less: `chmod go-w "),
+        ("ca-cert.pem", 0o664, "its group may write it; expected 0644 or less: `chmod go-w "),
+        (".", 0o777, "others may write it; expected 0755 or less: `chmod go-w "),
+    ],
+    ids=["key", "certificate", "CA", "directory"],
+)
+def test_files_that_others_could_change_or_keys_that_they_could_read_are_refused(
+    made: Path, tmp_path: Path, name: str, mode: int, said: str
+) -> None:
+    """S5."""
+    directory = broken(made, tmp_path)
+    (directory / name).chmod(mode)
+    with pytest.raises(Error) as caught:
+        server(directory)
+    assert caught.value.kind is Kind.BAD_CONFIG
+    assert said in str(caught.value)
+
+
+def test_key_that_others_may_read_is_not_taken_for_the_next_connection(
+    made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """S5: the files that were good are still used."""
+    directory = broken(made, tmp_path)
+    context, peer = server(directory), client(made / "alpha", "beta")
+    for path in (made / "stranger").iterdir():
+        shutil.copy(path, directory)
+    (directory / "server-key.pem").chmod(0o644)
+    assert shake(context, peer) == ("", "")
+    assert "server-key.pem with mode 0644, so that others may read it" in caplog.text
 
 
 def test_new_files_count_for_the_next_connection(made: Path, tmp_path: Path) -> None:

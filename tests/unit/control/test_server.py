@@ -390,6 +390,26 @@ def test_lock_ends_with_its_process_even_when_killed(tmp_path: Path) -> None:
     os.close(lock.hold(path))
 
 
+def test_run_directory_that_others_may_write_is_refused(tmp_path: Path) -> None:
+    """S5: they could put a socket of their own in the place of ours."""
+    run = tmp_path / "run"
+    run.mkdir()
+    run.chmod(0o777)
+    with pytest.raises(Error, match=f"found {run} with mode 0777, so that others may write it") as caught:
+        lock.hold(run / "disk0.sock")
+    assert caught.value.kind is Kind.BAD_CONFIG
+    assert list(run.iterdir()) == []
+
+
+def test_lock_that_is_a_link_is_refused_and_what_it_names_is_left_alone(tmp_path: Path) -> None:
+    """S5."""
+    (tmp_path / "precious").write_text("precious")
+    lock.lock_path(tmp_path / "disk0.sock").symlink_to(tmp_path / "precious")
+    with pytest.raises(Error, match="symbolic links"):
+        lock.hold(tmp_path / "disk0.sock")
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
 def test_clients_of_nobody(tmp_path: Path) -> None:
     with pytest.raises(Error, match="nobody serves at") as caught:
         Client.unix(tmp_path / "disk0.sock")
