@@ -124,7 +124,7 @@ class AllocationMap:
         self.zero = 0
         self.slots = 0
         self.crowded = False
-        self._file = File(path, offload=offload)
+        self._file = File(path, follow=False, offload=offload)
         # The marks that are not flushed yet, as pairs: a block; its entry, and from bit 32 on how many blocks
         # follow in the slots behind. Those that a flush was asked for are in the batches.
         self._unflushed = array("Q")

@@ -38,11 +38,20 @@ class File(Node):
     """
 
     def __init__(
-        self, path: str, *, read_only: bool = False, offload: Offload | None = None, name: str = ""
+        self,
+        path: str,
+        *,
+        read_only: bool = False,
+        follow: bool = True,
+        offload: Offload | None = None,
+        name: str = "",
     ) -> None:
-        """Raises `Error` NOT_FOUND, PERMISSION, READ_ONLY, CONFLICT, or BAD_CONFIG (another kind of file)."""
+        """Without `follow` the path must not be a symbolic link: for files of our own making.
+
+        Raises `Error` NOT_FOUND, PERMISSION, READ_ONLY, CONFLICT, or BAD_CONFIG (another kind of file).
+        """
         self.path = path
-        self._fd, self._is_device = _open(path, read_only)
+        self._fd, self._is_device = _open(path, read_only, follow)
         try:
             super().__init__(name or path, os.lseek(self._fd, 0, os.SEEK_END), read_only=read_only)
             self._grain = space.logical_block(self._fd) if self._is_device else 1
@@ -252,14 +261,20 @@ class File(Node):
         raise from_os(error, f"{doing} {self.path}", offset=offset, length=length) from error
 
 
-def _open(path: str, read_only: bool) -> tuple[int, bool]:
+def _open(path: str, read_only: bool, follow: bool) -> tuple[int, bool]:
     """The descriptor, locked, and whether it is a block device."""
     try:
-        kind = os.stat(path).st_mode
+        kind = os.stat(path, follow_symlinks=follow).st_mode
+        if stat.S_ISLNK(kind):
+            raise Error(
+                Kind.BAD_CONFIG,
+                f"found {path}, which is a symbolic link; expected the file itself: move it there if the link "
+                f"is yours, else see who may write in {os.path.dirname(path) or '.'}",
+            )
         is_device = stat.S_ISBLK(kind)
         if not is_device and not stat.S_ISREG(kind):
             raise Error(Kind.BAD_CONFIG, f"{path} is neither a regular file nor a block device")
-        flags = os.O_CLOEXEC | (os.O_RDONLY if read_only else os.O_RDWR)
+        flags = os.O_CLOEXEC | (os.O_RDONLY if read_only else os.O_RDWR) | (0 if follow else os.O_NOFOLLOW)
         fd = os.open(path, flags | (os.O_EXCL if is_device and not read_only else 0))
     except OSError as error:
         if error.errno == errno.EBUSY:

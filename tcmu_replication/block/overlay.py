@@ -87,7 +87,7 @@ class Overlay(Node):
         self._released = False
         self._map = AllocationMap(f"{self.path}.map", self.length, offload)
         try:
-            self.data: Node = File(f"{self.path}.data", offload=offload)
+            self.data: Node = File(f"{self.path}.data", follow=False, offload=offload)
         except Error:
             self._map.close()
             raise

@@ -181,7 +181,7 @@ def _can_keep(overlay: Overlay) -> bool:
     """Whether the filesystem has as much left as the data file occupies, and takes space back. Raises `Error`."""
     path = f"{overlay.path}.data"
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
             found, whole = os.fstat(fd), os.fstatvfs(fd)
             room = whole.f_bavail * whole.f_frsize

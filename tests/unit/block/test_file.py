@@ -55,6 +55,16 @@ def test_file_open_refuses(tmp_path: Path, make: Callable[[Path], Path], kind: K
     assert str(make(tmp_path)) in str(caught.value)
 
 
+def test_file_of_our_own_making_is_not_opened_through_a_link(path: str, tmp_path: Path) -> None:
+    """S5."""
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    File(str(link)).close()
+    with pytest.raises(Error, match=f"found {link}, which is a symbolic link; .*write in {tmp_path}") as caught:
+        File(str(link), follow=False)
+    assert caught.value.kind is Kind.BAD_CONFIG
+
+
 def test_file_open_for_writing_excludes_everyone_until_closed(path: str) -> None:
     first = File(path)
     for read_only in (False, True):

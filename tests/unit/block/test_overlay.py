@@ -504,6 +504,29 @@ def test_overlay_create_touches_nothing_that_exists(below: Memory, tmp_path: Pat
     assert list(tmp_path.iterdir()) == [precious]
 
 
+@pytest.mark.parametrize("suffix", ["data", "map"])
+def test_overlay_is_not_opened_through_a_link(
+    overlay: Overlay, below: Memory, tmp_path: Path, suffix: str
+) -> None:
+    """S5."""
+    overlay.release()
+    (tmp_path / f"active.{suffix}").rename(tmp_path / "elsewhere")
+    (tmp_path / f"active.{suffix}").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(Error, match=f"active.{suffix}, which is a symbolic link") as caught:
+        Overlay("active", tmp_path / "active", below)
+    assert caught.value.kind is Kind.BAD_CONFIG
+
+
+def test_overlay_does_not_recycle_what_a_link_names(below: Memory, tmp_path: Path) -> None:
+    """S5: the link goes, what it names is as it was."""
+    (tmp_path / "precious").write_bytes(b"precious")
+    (tmp_path / "spare").symlink_to(tmp_path / "precious")
+    with pytest.raises(Error, match="symbolic link"):
+        Overlay.create("active", tmp_path / "active", below, recycled=tmp_path / "spare")
+    assert list(tmp_path.iterdir()) == [tmp_path / "precious"]
+    assert (tmp_path / "precious").read_bytes() == b"precious"
+
+
 @pytest.mark.parametrize("call", ["ftruncate", "pwrite", "open"])
 @pytest.mark.parametrize("which", [0, 1])
 def test_overlay_create_that_fails_leaves_nothing_behind(
