@@ -60,7 +60,9 @@ def test_file_of_our_own_making_is_not_opened_through_a_link(path: str, tmp_path
     link = tmp_path / "link"
     link.symlink_to(path)
     File(str(link)).close()
-    with pytest.raises(Error, match=f"found {link}, which is a symbolic link; .*write in {tmp_path}") as caught:
+    with pytest.raises(
+        Error, match=f"found {link}, which is a symbolic link; .*write in {tmp_path}"
+    ) as caught:
         File(str(link), follow=False)
     assert caught.value.kind is Kind.BAD_CONFIG
 
