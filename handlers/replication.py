@@ -73,7 +73,9 @@ class ReplicationHandler(Handler):
     def check(self, config: str, context: Context) -> None:
         """See `Handler.check`."""
         others, _ = resources.load_all(context.config_directory)
-        check_host(resources.find(config, context.config_directory), context.host, others.values())
+        resource = resources.find(config, context.config_directory)
+        for warning in check_host(resource, context.host, others.values()):
+            log.warning("%s", warning)
 
     async def open(self, config: str, context: Context) -> Backstore:
         """See `Handler.open`."""
@@ -95,7 +97,8 @@ class ReplicationHandler(Handler):
             offload.close()
             raise
         try:
-            check_certificates(resource, context.host)
+            for warning in check_certificates(resource, context.host):
+                log.warning("%s: %s", resource.name, warning)
         except Error as error:
             log.warning("%s: %s", resource.name, error)
         try:

@@ -9,6 +9,7 @@ to the worker's user, and others may do no more than its row allows:
     what leads there   directories: others may write in one that is sticky, as /tmp is, for there
                        nobody renames or removes what is not his, and the owner of the next entry is
                        looked at too. Links: the mode says nothing (symlink(7)); owner and place do
+    WAY                the same, for a directory in which one entry of ours is made
     DIRECTORY          others may not write in it, sticky or not: what is made in it is ours alone
     FILE               others may not write it
     SECRET             nor read it; root may let a group read what is root's, so that a worker that
@@ -57,7 +58,7 @@ SECRET = Use(0o077, "go=", if_roots=Use(0o037, "g-wx,o="))
 DEVICE = Use(
     stat.S_IWOTH, "o-w", advice=", and change the udev rule that gave this mode, or it is back after a boot"
 )
-_WAY = Use(_WRITE, "go-w", sticky=True)
+WAY = Use(_WRITE, "go-w", sticky=True)
 _LINK = Use(0, "")
 
 
@@ -93,7 +94,7 @@ def fault(path: str | os.PathLike[str], use: Use, trusted: Collection[int]) -> F
     """
     entries = list(_entries(os.fspath(path)))
     for entry, found in entries[:-1]:
-        row = _LINK if stat.S_ISLNK(found.st_mode) else _WAY
+        row = _LINK if stat.S_ISLNK(found.st_mode) else WAY
         if (wrong := judge(entry, found.st_mode, found.st_uid, row, trusted)) is not None:
             return wrong
     entry, found = entries[-1]

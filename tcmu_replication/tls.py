@@ -17,7 +17,7 @@ import ipaddress
 import logging
 import os
 import ssl
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -198,10 +198,11 @@ def sentence(error: ssl.SSLError) -> str:
     return _REASONS.get(error.reason or "", f"TLS failed: {error.reason or error}")
 
 
-def rehearse(directory: str, names: Collection[str]) -> None:
+def rehearse(directory: str, names: Collection[str]) -> dict[Path, float]:
     """Let this host's server and client shake hands in memory: all that the peer will look at is good.
 
-    `names` are this host's. Raises Error BAD_CONFIG that names the file.
+    `names` are this host's. Returns until when each certificate is, in seconds
+    since 1970. Raises Error BAD_CONFIG that names the file.
     """
     server = Context(directory, server_side=True, names=names)
     client = Context(directory, server_side=False, names=names)
@@ -211,10 +212,25 @@ def rehearse(directory: str, names: Collection[str]) -> None:
         (server.wrap_bio(to_server, to_client, server_side=True), "client-cert.pem"),
     ]
     for _ in range(3):  # more rounds than any handshake takes
-        for side, shown in sides:
+        for side, name in sides:
             try:
                 with contextlib.suppress(ssl.SSLWantReadError):
                     side.do_handshake()
             except ssl.SSLError as error:
-                path = Path(directory) / shown
+                path = Path(directory) / name
                 raise Error(Kind.BAD_CONFIG, f"{path}: the peer will refuse it: {sentence(error)}") from error
+    shown = {Path(directory) / name: side.getpeercert() or {} for side, name in sides}
+    # One that is about to go may lie beside the one that follows it.
+    authorities = server.get_ca_certs()
+    signed = [
+        max(_end(ca) for ca in authorities if ca["subject"] == certificate["issuer"])
+        for certificate in shown.values()
+        if any(ca["subject"] == certificate["issuer"] for ca in authorities)
+    ]
+    ends = {path: _end(certificate) for path, certificate in shown.items()}
+    return ends | ({Path(directory) / CA: min(signed)} if signed else {})
+
+
+def _end(certificate: Mapping[str, Any]) -> float:
+    """Until when a certificate is, in seconds since 1970."""
+    return ssl.cert_time_to_seconds(certificate["notAfter"])

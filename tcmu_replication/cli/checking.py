@@ -3,35 +3,117 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
 from tcmu_replication.cli import exits
 from tcmu_replication.daemon import config
+from tcmu_replication.daemon.config import Resource
 from tcmu_replication.daemon.host_check import check_certificates, check_host
+from tcmu_replication.daemon.listeners import check_listeners
+from tcmu_replication.daemon.places import Context
 from tcmu_replication.errors import Error
 
+GOOD, WRONG, ELSEWHERE = "good", "wrong", "elsewhere"
+WIDTH = 80
 
-def run(files: Sequence[Path] | None, directory: Path, host: str) -> None:
-    """Check `files`, or all of `directory`; one line each; exit status 2 if one is wrong."""
+Report = dict[str, Any]
+"""What is said of a file: its `verdict`, this host's `mode` in it, how the `link` is guarded, `errors`, `warnings`."""
+
+
+def run(files: Sequence[Path] | None, context: Context, *, as_json: bool) -> None:
+    """Check `files`, or all of the directory; exit status 2 if one is wrong, or if none is this host's."""
+    directory, host = context.config_directory, context.host
     paths = sorted(directory.glob("*.toml")) if files is None else files
-    if not paths:
-        click.echo(f"no resource files in {directory}")
     others, _ = config.load_all(directory)
-    wrong = False
-    for path in paths:
-        try:
-            resource = config.load(path)
-            if resource.is_served_on(host) or files is not None:
-                check_host(resource, host, others.values())
-                check_certificates(resource, host)
-                click.echo(f"{path}: good, {resource.host(host).mode} on {host}")
-            else:
-                click.echo(f"{path}: good, and {host} has no part in it")
-        except Error as error:
-            wrong = True
-            click.echo(str(error), err=True)
-    if wrong:
+    reports = [_report(path, context, others.values()) for path in paths]
+    if reports and all(report["verdict"] == ELSEWHERE for report in reports):
+        for report in reports:
+            _refuse_host(report, host)
+    if as_json:
+        _print_json(reports)
+    else:
+        _print(reports, directory)
+    if any(report["verdict"] == WRONG for report in reports):
         sys.exit(exits.WRONG)
+
+
+def _report(path: Path, context: Context, others: Collection[Resource]) -> Report:
+    report: Report = {"file": str(path), "verdict": GOOD, "host": context.host}
+    report |= {"mode": None, "link": None, "hosts": [], "errors": [], "warnings": []}
+    try:
+        resource = config.load(path)
+    except Error as error:
+        return report | {"verdict": WRONG, "errors": [str(error)]}
+    report["hosts"] = [name for name in sorted(resource.hosts) if resource.is_served_on(name)]
+    if not resource.is_served_on(context.host):
+        return report | {"verdict": ELSEWHERE}
+    report |= {"mode": resource.host(context.host).mode, "link": _guard(resource)}
+    checks: list[Callable[[], list[str]]] = [
+        lambda: check_host(resource, context.host, others),
+        lambda: check_certificates(resource, context.host),
+        lambda: check_listeners(resource, context.host, context.run_directory),
+    ]
+    for check in checks:
+        try:
+            report["warnings"] += check()
+        except Error as error:
+            report["verdict"] = WRONG
+            report["errors"].append(str(error))
+    return report
+
+
+def _refuse_host(report: Report, host: str) -> None:
+    """None of the files that were asked for is this host's: most likely its name is another one there."""
+    report["verdict"] = WRONG
+    names = " or ".join(report["hosts"])
+    report["errors"].append(
+        f"{report['file']}: host: found this host's name {host}; expected {names}: call this host so in the "
+        "file, or say which of them it is with --host NAME"
+    )
+
+
+def _guard(resource: Resource) -> str:
+    """How what the hosts send each other is guarded."""
+    if resource.tls is not None:
+        return "TLS, both hosts show certificates"
+    return "plain text, for a network of its own: the peer's address is all that is asked for"
+
+
+def _print(reports: Sequence[Report], directory: Path) -> None:
+    if not reports:
+        click.echo(f"no resource files in {directory}")
+    for report in reports:
+        file, host = report["file"], report["host"]
+        if report["verdict"] == ELSEWHERE:
+            click.echo(_folded(f"{file}: good, and {host} has no part in it", ""))
+            continue
+        for error in report["errors"]:
+            click.echo(error, err=True)
+        if report["verdict"] == GOOD:
+            click.echo(f"{file}: good, {report['mode']} on {host}")
+            click.echo(_folded(f"link: {report['link']}", "  "))
+        for warning in report["warnings"]:
+            click.echo(_folded(f"warning: {warning}", "  "))
+
+
+def _folded(text: str, indent: str) -> str:
+    """In lines of at most `WIDTH`, where the words allow it: a path or a command stays whole."""
+    return textwrap.fill(
+        text,
+        WIDTH,
+        initial_indent=indent,
+        subsequent_indent=indent + "  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _print_json(reports: Sequence[Report]) -> None:
+    import json
+
+    click.echo(json.dumps(reports, indent=2))

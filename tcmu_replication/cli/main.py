@@ -228,17 +228,24 @@ def errors(context: Context, name: str | None, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("file", required=False, type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for machines: a list, one of each file.")
 @pass_context
-def check(context: Context, file: Path | None) -> None:
+def check(context: Context, file: Path | None, as_json: bool) -> None:
     """Check resource files; change nothing.
 
-    Against the disks, directories and ports of this host.
+    Against the disks, overlay directories, addresses, ports, certificates of
+    this host, and who else could change them. As root, to see it all.
 
     Without FILE every resource file is checked.
+
+    \b
+    Exit status:
+      0  each file is good, perhaps with warnings
+      2  a file is wrong, or this host has no part in any of them
     """
     from tcmu_replication.cli import checking
 
-    checking.run([file] if file else None, context.config_directory, context.host)
+    checking.run([file] if file else None, context, as_json=as_json)
 
 
 def main() -> None:

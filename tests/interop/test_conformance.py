@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import functools
 import re
 from pathlib import Path
 
@@ -12,22 +10,16 @@ import pytest
 from tcmu_replication.replication import stages
 from tests.interop.differential.differences import Difference
 from tests.interop.test_replication_cases import CASES
+from tests.support.named_tests import functions_of, named_in
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/replication.md").read_text()
-NAMED = sorted(set(re.findall(r"`(test_\w+)::(test_\w+)`", PAGE)))
+NAMED = named_in(PAGE)
 TEXTS = [
     text
     for name, text in vars(stages).items()
     if name.isupper() and isinstance(text, str) and len(name) > 1 and "{" not in text
 ]
-
-
-@functools.cache
-def functions_of(module: str) -> set[str]:
-    """The tests in every module of that name."""
-    trees = [ast.parse(path.read_text()) for path in (ROOT / "tests").rglob(f"{module}.py")]
-    return {node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
 
 
 @pytest.mark.parametrize(("module", "test"), NAMED)

@@ -26,7 +26,7 @@ new_certs_dir = .
 database = index.txt
 serial = serial
 default_md = sha256
-default_days = 30
+default_days = 90
 policy = any
 unique_subject = no
 [any]
@@ -37,14 +37,14 @@ commonName = supplied
 class Authority:
     """A CA in its own directory below `base`."""
 
-    def __init__(self, base: Path, name: str = "ca") -> None:
+    def __init__(self, base: Path, name: str = "ca", days: int = 90) -> None:
         self.directory = base / name
         self.directory.mkdir(parents=True)
         (self.directory / "ca.conf").write_text(_CONFIG)
         (self.directory / "index.txt").touch()
         (self.directory / "serial").write_text("01\n")
         self._openssl(
-            "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "30",
+            "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", str(days),
             "-subj", f"/CN={name}", "-keyout", "ca-key.pem", "-out", "ca-cert.pem",
             "-addext", "keyUsage=critical,keyCertSign,cRLSign",
         )  # fmt: skip

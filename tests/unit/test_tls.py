@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import ssl
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -229,6 +230,22 @@ def test_files_that_are_half_written_leave_the_old_ones_in_use(
 
 def test_rehearsal_of_good_files(made: Path) -> None:
     rehearse(str(made / "beta"), ["beta", "192.0.2.2"])
+
+
+def test_rehearsal_tells_until_when_each_certificate_is(made: Path, tmp_path: Path) -> None:
+    directory = broken(made, tmp_path)
+    Authority(tmp_path).issue(directory, "beta", valid=("20010101000000Z", "20420102030405Z"))
+    ends = rehearse(str(directory), ["beta"])
+    assert ends[directory / "server-cert.pem"] == ends[directory / "client-cert.pem"] == 2272244645
+    assert set(ends) == {directory / name for name in ("server-cert.pem", "client-cert.pem", "ca-cert.pem")}
+
+
+def test_rehearsal_looks_at_the_authority_that_has_signed_and_no_other(made: Path, tmp_path: Path) -> None:
+    directory = broken(made, tmp_path)
+    old = Authority(tmp_path, "old", days=1)
+    with (directory / "ca-cert.pem").open("a") as file:
+        file.write((old.directory / "ca-cert.pem").read_text())
+    assert rehearse(str(directory), ["beta"])[directory / "ca-cert.pem"] > time.time() + 30 * 24 * 3600
 
 
 @pytest.mark.parametrize("row", REFUSED)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from tcmu_replication.cli import exits, main, waiting
 from tcmu_replication.control import schema
 from tcmu_replication.control.server import Server
 from tcmu_replication.errors import Error, Kind
+from tests.support.certificates import Authority
+from tests.support.processes import free_port
 from tests.support.tools import PATIENCE_S
 from tests.unit.control.documents import status
 from tests.unit.daemon.test_config import GOOD
@@ -338,19 +342,86 @@ def test_check_says_what_is_wrong_with_which_file(place: Path) -> None:
     result = command("check")
     assert result.exit_code == exits.WRONG
     assert "disk0.toml: host.beta.disk: found /dev/vdb (No such file" in result.stderr
-    assert "other.toml: good, and beta has no part in it" in result.stdout
+    assert "other.toml: good, and beta has no part in it" in " ".join(result.stdout.split())
 
 
-def test_check_of_a_good_file(place: Path) -> None:
+@pytest.fixture
+def good(place: Path) -> Path:
+    """The file of disk0, alone, with a disk, an overlay directory, an address and ports that are there."""
     disk, overlays = place / "disk", place / "overlays"
     with disk.open("wb") as file:
         file.truncate(256 << 20)
     overlays.mkdir()
     path = place / "etc" / "disk0.toml"
-    path.write_text(GOOD.replace("/dev/vdb", str(disk)).replace("/var/lib/overlays", str(overlays)))
+    text = GOOD.replace("/dev/vdb", str(disk)).replace("/var/lib/overlays", str(overlays))
+    text = text.replace("192.0.2", "127.0.0")
+    text = text.replace("port = 10809", f"port = {free_port()}\ncontrol-port = {free_port()}")
+    path.write_text(text)
     (place / "etc" / "disk1.toml").unlink()
-    result = command("check", str(path))
-    assert (result.exit_code, result.stdout) == (0, f"{path}: good, secondary on beta\n")
+    (place / "etc" / "other.toml").unlink()
+    return path
+
+
+def test_check_of_a_good_file(good: Path) -> None:
+    result = command("check", str(good))
+    assert result.exit_code == 0
+    first, *rest = result.stdout.splitlines()
+    assert first == f"{good}: good, secondary on beta"
+    assert rest[0].startswith("  link: ")
+    assert all(line.startswith("  ") and len(line) <= 80 for line in rest)
+    assert "warning" not in result.stdout
+
+
+def test_check_says_each_thing_that_is_wrong_and_what_is_worth_a_word(good: Path) -> None:
+    text = good.read_text()
+    port = next(line for line in text.splitlines() if line.startswith("port")).split(" = ")[1]
+    good.write_text(text + f'[nbd]\nlisten = "unix:{good.parent}/lun.sock"\n')
+    (good.parent.parent / "overlays").chmod(0o777)
+    with socket.create_server(("127.0.0.2", int(port))):
+        result = command("check", "--json")
+    assert result.exit_code == exits.WRONG
+    [report] = json.loads(result.stdout)
+    assert (report["file"], report["verdict"], report["mode"]) == (str(good), "wrong", "secondary")
+    overlays, taken = report["errors"]
+    assert "host.beta.overlays: found" in overlays
+    assert f"link.port: found 127.0.0.2 port {port}, where another process listens" in taken
+    assert command("check").exit_code == exits.WRONG
+
+
+def test_check_of_files_in_which_this_host_has_no_part_is_wrong(good: Path) -> None:
+    """A wrong host name said `good, and vm has no part in it`."""
+    for words in (["check"], ["check", str(good)]):
+        result = command("--host", "vm", *words)
+        assert result.exit_code == exits.WRONG
+        assert "host: found this host's name vm; expected alpha or beta: call this host so" in result.stderr
+        assert "--host NAME" in result.stderr
+    (good.parent / "disk1.toml").write_text(good.read_text().replace("disk0", "disk1").replace("beta", "vm"))
+    result = command("--host", "vm", "check")
+    assert "has no part in it" in " ".join(result.stdout.split())
+    assert "call this host so" not in result.stderr
+
+
+def test_check_of_no_files_says_so(good: Path) -> None:
+    good.unlink()
+    result = command("check")
+    assert (result.exit_code, result.stdout) == (0, f"no resource files in {good.parent}\n")
+    assert json.loads(command("check", "--json").stdout) == []
+
+
+@pytest.mark.parametrize(("days", "status"), [(3, 0), (60, 0), (-1, exits.WRONG)])
+def test_check_warns_of_a_certificate_that_will_expire_soon(good: Path, days: int, status: int) -> None:
+    end = time.gmtime(time.time() + days * 24 * 3600 + 3600)
+    tls = good.parent / "tls"
+    Authority(good.parent).issue(tls, "beta", valid=("20010101000000Z", time.strftime("%Y%m%d%H%M%SZ", end)))
+    good.write_text(good.read_text() + f'[tls]\ncertificates = "{tls}"\n')
+    result = command("check")
+    assert result.exit_code == status
+    said = " ".join(result.stdout.split())
+    for name in ("server-cert.pem", "client-cert.pem"):
+        warning = f"warning: {tls}/{name} expires at {time.strftime('%Y-%m-%d', end)}"
+        assert (warning in said) == (days == 3)
+    assert ("in 3 days: put a new one in its place" in said) == (days == 3)
+    assert ("its certificate has expired" in result.stderr) == (days < 0)
 
 
 def test_main_turns_an_error_into_a_line_and_a_status(place: Path) -> None:
