@@ -8,6 +8,7 @@ peer.lost.add_done_callback(...)      # a future that ends with the connection; 
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any
 
 from tcmu_replication.control import framing
 from tcmu_replication.errors import Error, Kind, one_line
+from tcmu_replication.prove import prove
+from tcmu_replication.secret import Secret, refuse_if_asked
 from tcmu_replication.tls import sentence
 
 
@@ -35,21 +38,36 @@ class Connection(asyncio.Protocol):
 
     @classmethod
     async def tcp(
-        cls, host: str, port: int, *, local: str | None, timeout: float, tls: ssl.SSLContext | None = None
+        cls,
+        host: str,
+        port: int,
+        *,
+        local: str | None,
+        timeout: float,
+        tls: ssl.SSLContext | None = None,
+        secret: Secret | None = None,
     ) -> Connection:
         """Connect and negotiate within `timeout` seconds, from the address `local` (the peer checks it).
 
-        Raises PEER_LOST, TIMED_OUT or, if one end does not accept the other's certificate, PERMISSION.
+        With `secret` each end proves that it knows it before anything else. Raises PEER_LOST, TIMED_OUT
+        or, if one end does not accept the other's certificate or proof, PERMISSION.
         """
-        source = (local, 0) if local else None
+        return await _open(cls._tcp(host, port, local, tls, secret), f"{host}:{port}", timeout)
+
+    @classmethod
+    async def _tcp(
+        cls, host: str, port: int, local: str | None, tls: ssl.SSLContext | None, secret: Secret | None
+    ) -> tuple[asyncio.BaseTransport, Connection]:
         loop = asyncio.get_running_loop()
-        return await _open(
-            loop.create_connection(
-                cls, host, port, local_addr=source, ssl=tls, server_hostname=None if tls is None else ""
-            ),
-            f"{host}:{port}",
-            timeout,
-        )
+        sock = await _connected(host, port, local)
+        try:
+            if secret is not None:
+                await prove(sock, secret.proof("client"))
+            name = None if tls is None else ""
+            return await loop.create_connection(cls, sock=sock, ssl=tls, server_hostname=name)
+        except BaseException:
+            sock.close()
+            raise
 
     @classmethod
     async def unix(cls, path: Path, *, timeout: float) -> Connection:
@@ -89,10 +107,15 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         try:
+            if not self._greeted.done():
+                refuse_if_asked(data)
             for message in self._objects.feed(data):
                 self._message(framing.decode(message))
         except Error as error:
-            self._end(f"the peer broke the protocol: {error}")
+            if error.kind is Kind.PERMISSION:
+                self._end(str(error), error.kind)
+            else:
+                self._end(f"the peer broke the protocol: {error}")
 
     def connection_lost(self, exc: Exception | None) -> None:
         if isinstance(exc, ssl.SSLError):  # with TLS 1.3 a server refuses only after the handshake
@@ -148,13 +171,46 @@ async def _open(connecting: Any, where: str, timeout: float) -> Connection:
         _drop(connection)
         raise Error(Kind.TIMED_OUT, f"no control connection to {where} in {timeout:g} s{silent}") from error
     except ssl.SSLError as error:
-        raise Error(Kind.PERMISSION, f"no control connection to {where}: {sentence(error)}") from error
+        # A server that asks for a secret before TLS says what is no TLS.
+        hint = ", or asks for a shared secret first" if _no_tls(error) else ""
+        raise Error(Kind.PERMISSION, f"no control connection to {where}: {sentence(error)}{hint}") from error
+    except Error as error:
+        _drop(connection)
+        if connection is None:
+            raise Error(error.kind, f"no control connection to {where}: {error}") from error
+        raise
     except OSError as error:
         raise Error(Kind.PEER_LOST, f"no control connection to {where}: {error}") from error
     except BaseException:
         _drop(connection)
         raise
     return connection
+
+
+def _no_tls(error: ssl.SSLError) -> bool:
+    return getattr(error, "reason", None) == "WRONG_VERSION_NUMBER"
+
+
+async def _connected(host: str, port: int, local: str | None) -> socket.socket:
+    """A socket that is connected to `host`, from the address `local`. Raises OSError."""
+    loop = asyncio.get_running_loop()
+    refused = OSError(f"{host} has no address")
+    for family, kind, proto, _, target in await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        sock = socket.socket(family, kind, proto)
+        try:
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if local is not None:
+                sock.bind((local, 0))
+            await loop.sock_connect(sock, target)
+            return sock
+        except OSError as error:
+            sock.close()
+            refused = error
+        except BaseException:
+            sock.close()
+            raise
+    raise refused
 
 
 def _drop(connection: Connection | None) -> None:

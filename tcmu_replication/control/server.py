@@ -2,7 +2,7 @@
 
     server = Server({"query-status": self.query_status, ...})
     await server.listen_unix(run / "disk0.sock")
-    await server.listen_tcp("192.0.2.2", 10810, peer="192.0.2.1")
+    await server.listen_tcp("192.0.2.2", 10810, peer="192.0.2.1", secret=secret)
     server.emit("REPLICATION_STAGE", StageChanged(stage="running", epoch=1))
     await server.close()
 
@@ -17,14 +17,13 @@ with a line in the log, and nothing else happens.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import os
 import socket
 import ssl
 import struct
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,9 @@ from tcmu_replication.control.schema import COMMANDS, EVENTS
 from tcmu_replication.control.session import Call, Session
 from tcmu_replication.control.throttle import Throttle
 from tcmu_replication.errors import Error, Kind, from_os
+from tcmu_replication.listener import Listener, plain_host
+from tcmu_replication.prove import prove
+from tcmu_replication.secret import Secret
 
 Handler = Callable[[Any, Session], Awaitable[Any]]
 
@@ -45,6 +47,9 @@ log = logging.getLogger(__name__)
 NEGOTIATION_S = 10.0
 """A connection that has not negotiated by then is closed."""
 MAX_CONNECTIONS = 64
+"""Of operators, on the unix socket."""
+MAX_PEERS = 8
+"""The peer needs one. Of more than these the oldest makes way: it may be one that the peer has lost long ago."""
 MAX_QUEUED = 8
 """Commands of one connection that wait for their turn, as in QEMU; then it is not read any more."""
 MAX_UNSENT = 1 << 20
@@ -62,11 +67,11 @@ class Server:
         self._table = table
         for name in self._handlers:
             table[name].prepare()
-        self._listeners: list[asyncio.Server] = []
+        self._listeners: list[Listener] = []
+        self._tcp_port = 0
         self._clients: dict[asyncio.Task[None], tuple[Session, asyncio.StreamWriter]] = {}
         self._throttle = Throttle()
         self._lock: int | None = None
-        self._path: Path | None = None
 
     async def listen_unix(self, path: Path) -> None:
         """Listen at `path`, mode 0600 in a directory 0755 that is made if it is missing.
@@ -79,53 +84,38 @@ class Server:
             path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
             self._lock = lock.hold(path)
             path.unlink(missing_ok=True)
-            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-            previous = os.umask(0o177)
-            try:
-                listener.bind(str(path))
-            finally:
-                os.umask(previous)
         except OSError as error:
             raise from_os(error, f"listen at {path}") from error
-        self._path = path
-        self._listeners.append(await asyncio.start_unix_server(self._accept_unix, sock=listener))
+        listener = Listener("control", lambda sock, name: self._meet_operator(listener, sock))
+        await listener.listen_unix(str(path))
+        self._listeners.append(listener)
 
-    async def listen_tcp(self, address: str, port: int, peer: str, tls: ssl.SSLContext | None = None) -> None:
+    async def listen_tcp(
+        self,
+        address: str,
+        port: int,
+        peer: str,
+        tls: ssl.SSLContext | None = None,
+        secret: Secret | None = None,
+    ) -> None:
         """Listen on `address` and take connections from the address `peer` only, for peer commands only.
 
-        With `tls` the first byte is TLS's, and the context decides on the peer's certificate.
+        With `secret` a client first proves that it knows it; with `tls` the next byte is TLS's, and
+        the context decides on the peer's certificate.
         """
-        allowed = _plain(peer)
+        allowed = plain_host(peer)
 
-        async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            name = writer.get_extra_info("peername")
-            if not name or _plain(name[0]) != allowed:
-                log.warning("control: refused a connection from %s; the peer is %s", name and name[0], peer)
-                writer.close()
-                return
-            with suppress(OSError):
-                connection = writer.get_extra_info("socket")
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            await self._serve(reader, writer, Privilege.PEER, f"peer {name[0]}")
+        def meet(sock: socket.socket, name: str) -> Coroutine[Any, Any, None]:
+            return self._meet_peer(listener, sock, name, tls, secret)
 
-        try:
-            self._listeners.append(
-                await asyncio.start_server(
-                    accept,
-                    address,
-                    port,
-                    reuse_address=True,
-                    ssl=tls,
-                    ssl_handshake_timeout=None if tls is None else NEGOTIATION_S,
-                )
-            )
-        except OSError as error:
-            raise from_os(error, f"listen on {address} port {port}") from error
+        listener = Listener("control", meet, allow=lambda host: host == allowed)
+        self._tcp_port = await listener.listen_tcp(address, port)
+        self._listeners.append(listener)
 
     @property
     def tcp_port(self) -> int:
         """The port of the TCP listener (for port 0)."""
-        return int(self._listeners[-1].sockets[0].getsockname()[1])
+        return self._tcp_port
 
     def emit(self, name: str, data: Document) -> None:
         """Send an event to every operator that has negotiated. Never blocks, never raises."""
@@ -142,42 +132,66 @@ class Server:
         """Stop listening, end the connections (a handler under way is cancelled), give the lock up."""
         self._throttle.close()
         for listener in self._listeners:
-            listener.close()
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
-        current = asyncio.current_task()
-        tasks = [task for task in self._clients if task is not current]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+            listener.stop()
+        for listener in self._listeners:
+            await listener.close()
         self._listeners.clear()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
-    async def _accept_unix(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        connection = writer.get_extra_info("socket")
-        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-        pid, uid, _ = _UCRED.unpack(credentials)
+    async def _meet_operator(self, listener: Listener, sock: socket.socket) -> None:
+        pid, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
         if uid not in (0, os.geteuid()):
             log.warning("control: refused a connection from process %d of user %d; only root may", pid, uid)
-            writer.close()
+            sock.close()
             return
-        await self._serve(reader, writer, Privilege.OPERATOR, f"process {pid}")
+        if self._count(Privilege.OPERATOR) >= MAX_CONNECTIONS:
+            log.warning("control: refused process %d: %d connections are open", pid, MAX_CONNECTIONS)
+            sock.close()
+            return
+        listener.known()
+        await self._serve(listener, await _streams(sock, None), Privilege.OPERATOR, f"process {pid}")
 
-    async def _serve(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, privilege: Privilege, peer: str
+    async def _meet_peer(
+        self,
+        listener: Listener,
+        sock: socket.socket,
+        host: str,
+        tls: ssl.SSLContext | None,
+        secret: Secret | None,
     ) -> None:
+        """Let the peer show who it is, then serve it."""
+        try:
+            async with asyncio.timeout(NEGOTIATION_S):
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                if secret is not None:
+                    await prove(sock, secret.proof("server"))
+                    listener.known()
+                streams = await _streams(sock, tls)
+                if tls is not None:
+                    listener.known()
+        except TimeoutError:
+            log.warning("control: hung up on %s: it did not show who it is in %g s", host, NEGOTIATION_S)
+        except Error as error:
+            log.warning("control: hung up on %s: %s", host, error)
+        except OSError as error:  # SSLError too, which its context tells of
+            log.info("control: %s left before it had shown who it is: %s", host, error)
+        else:
+            await self._serve(listener, streams, Privilege.PEER, f"peer {host}")
+            return
+        sock.close()
+
+    async def _serve(self, listener: Listener, streams: Streams, privilege: Privilege, peer: str) -> None:
         task = asyncio.current_task()
         assert task is not None
-        if len(self._clients) >= MAX_CONNECTIONS:
-            log.warning("control: refused %s: %d connections are open", peer, MAX_CONNECTIONS)
-            writer.close()
-            return
+        reader, writer = streams
         session = Session(self._table, self._handlers, privilege, peer)
         self._clients[task] = session, writer
+        if self._count(Privilege.PEER) > MAX_PEERS:
+            self._hang_up_on_the_oldest_peer()
         try:
-            await self._converse(session, reader, writer)
+            await self._converse(listener, session, reader, writer)
         except Error as error:
             log.warning("control: ended the connection of %s: %s", peer, error)
         except (ConnectionError, asyncio.CancelledError):
@@ -188,8 +202,23 @@ class Server:
             del self._clients[task]
             writer.close()
 
+    def _count(self, privilege: Privilege) -> int:
+        return sum(session.privilege is privilege for session, _ in self._clients.values())
+
+    def _hang_up_on_the_oldest_peer(self) -> None:
+        """As if it had gone itself: what it has asked is carried out."""
+        for session, writer in self._clients.values():
+            if session.privilege is Privilege.PEER and not writer.is_closing():
+                log.warning("control: hung up on the oldest connection of %s", session.peer)
+                writer.close()
+                return
+
     async def _converse(
-        self, session: Session, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self,
+        listener: Listener,
+        session: Session,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
     ) -> None:
         """Until the client goes; what it has asked by then is carried out."""
         writer.write(framing.greeting())
@@ -198,7 +227,7 @@ class Server:
         ended: Exception | None = None
         try:
             try:
-                await self._listen(session, reader, writer, queue)
+                await self._listen(listener, session, reader, writer, queue)
             except (Error, OSError) as error:
                 ended = error
             await queue.join()
@@ -210,6 +239,7 @@ class Server:
 
     async def _listen(
         self,
+        listener: Listener,
         session: Session,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
@@ -234,6 +264,8 @@ class Server:
                     self._send(session, writer, await self._run(session, asked))
                 else:
                     await queue.put(asked)
+            if session.negotiated:
+                listener.known()
 
     async def _answer(
         self, session: Session, queue: asyncio.Queue[Call | bytes], writer: asyncio.StreamWriter
@@ -267,7 +299,13 @@ class Server:
             writer.transport.abort()
 
 
-def _plain(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """An address without a scope and without the IPv6 disguise of an IPv4 one."""
-    parsed = ipaddress.ip_address(address.partition("%")[0])
-    return getattr(parsed, "ipv4_mapped", None) or parsed
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+async def _streams(sock: socket.socket, tls: ssl.SSLContext | None) -> Streams:
+    """A connected socket's streams, inside of TLS if it is wanted. Raises OSError (SSLError among them)."""
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader(loop=loop)
+    protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
+    transport, _ = await loop.connect_accepted_socket(lambda: protocol, sock, ssl=tls)
+    return reader, asyncio.StreamWriter(transport, protocol, reader, loop)

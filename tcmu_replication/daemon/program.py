@@ -12,9 +12,11 @@ from tcmu_replication.host import journal, systemd
 @contextmanager
 def running(name: str) -> Iterator[None]:
     """Around a program's whole life: log as `name`; an `Error` that ends it is told to the service manager."""
-    journal.log_to_stderr(name)
+    limit = journal.log_to_stderr(name)
     try:
         yield
     except Error as error:
         systemd.notify(STATUS=str(error))
         raise
+    finally:
+        limit.close()

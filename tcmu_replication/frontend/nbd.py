@@ -9,22 +9,21 @@ was written through another (CAN_MULTI_CONN). An exclusive export has one.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import ipaddress
 import logging
-import os
 import socket
 import ssl
-import stat
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from tcmu_replication.block.node import Node
-from tcmu_replication.errors import Error, Kind, from_os
+from tcmu_replication.errors import Error, Kind
 from tcmu_replication.frontend.nbd_connection import Connection
+from tcmu_replication.listener import Listener
 from tcmu_replication.nbd.handshake import Agreed, Offer, ServerHandshake
 from tcmu_replication.nbd.protocol import MAX_STRING, TransmissionFlag
 from tcmu_replication.nbd.tls_socket import Socket, TlsSocket, receive, send_all
+from tcmu_replication.prove import prove
+from tcmu_replication.secret import Secret
 from tcmu_replication.tls import Context, sentence
 from tcmu_replication.units import MiB
 
@@ -33,7 +32,7 @@ log = logging.getLogger(__name__)
 HANDSHAKE_LIMIT_S = 10.0
 """As QEMU's server."""
 MAX_CONNECTIONS = 100
-"""As QEMU's server; handshakes count."""
+"""As QEMU's server. Those that still shake hands are counted apart (listener.py)."""
 SOCKET_BUFFER = 1 * MiB
 """What we ask of the kernel for replies on a unix socket (TCP sizes itself); it gives what it allows."""
 
@@ -80,8 +79,8 @@ class Export:
 
 class Server:
     """Serves exports until `close`. `allow(host)` decides on TCP clients by their address;
-    a unix socket is guarded by its file's mode, 0600. With `tls` every client, on either,
-    must shake hands in TLS first.
+    a unix socket is guarded by its file's mode, 0600. With `secret` every client, on either,
+    must prove that it knows it, and with `tls` shake hands in TLS.
     """
 
     def __init__(
@@ -90,15 +89,15 @@ class Server:
         *,
         allow: Callable[[str], bool] | None = None,
         tls: Context | None = None,
+        secret: Secret | None = None,
         max_connections: int = MAX_CONNECTIONS,
         handshake_limit_s: float = HANDSHAKE_LIMIT_S,
     ) -> None:
         self._exports: dict[str, Export] = {}
         self._connections: dict[Connection, str] = {}
-        self._handshakes: set[asyncio.Task[None]] = set()
-        self._listeners: dict[socket.socket, str | None] = {}
-        self._allow = allow
+        self._listener = Listener("NBD", self._shake_hands, allow=allow)
         self._tls = tls
+        self._secret = secret
         self._max_connections = max_connections
         self._handshake_limit_s = handshake_limit_s
         self._changed = asyncio.Event()
@@ -112,8 +111,8 @@ class Server:
 
     @property
     def connections(self) -> int:
-        """Clients connected now, handshakes included."""
-        return len(self._handshakes) + sum(not connection.closed for connection in self._connections)
+        """Clients connected now, without those that still shake hands."""
+        return sum(not connection.closed for connection in self._connections)
 
     @property
     def in_flight(self) -> int:
@@ -152,102 +151,38 @@ class Server:
         return [connection for connection, export in self._connections.items() if export == name]
 
     async def listen_tcp(self, host: str, port: int) -> int:
-        """Listen on every address of `host` ("" for all); returns the port (of the first, with port 0)."""
-        loop = asyncio.get_running_loop()
-        try:
-            found = await loop.getaddrinfo(
-                host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            )
-        except OSError as error:
-            raise Error(Kind.BAD_CONFIG, f"listen on {host}: {error.strerror}") from error
-        opened: list[socket.socket] = []
-        try:
-            for family, kind, proto, _, address in dict.fromkeys(found):
-                if port == 0 and opened:
-                    address = (address[0], opened[0].getsockname()[1], *address[2:])
-                opened.append(_bind(socket.socket(family, kind, proto), address))
-        except OSError as error:
-            for sock in opened:
-                sock.close()
-            raise from_os(error, f"listen on {host or '*'} port {port}") from error
-        for sock in opened:
-            self._listen(sock, None)
-        return int(opened[0].getsockname()[1])
+        """See `Listener.listen_tcp`."""
+        return await self._listener.listen_tcp(host, port)
 
     async def listen_unix(self, path: str) -> None:
-        """Listen on a socket at `path`, mode 0600; a dead socket that lies there is replaced."""
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            _remove_dead_socket(path)
-            mask = os.umask(0o177)
-            try:
-                _bind(sock, path)
-            finally:
-                os.umask(mask)
-        except OSError as error:
-            sock.close()
-            raise from_os(error, f"listen on {path}") from error
-        self._listen(sock, path)
+        """See `Listener.listen_unix`."""
+        await self._listener.listen_unix(path)
 
     async def close(self) -> None:
         """Stop listening, hang up on every client and wait until the nodes have ended their requests."""
-        for sock, path in self._listeners.items():
-            asyncio.get_running_loop().remove_reader(sock)
-            sock.close()
-            if path is not None:
-                with contextlib.suppress(OSError):
-                    os.unlink(path)
-        self._listeners.clear()
-        for task in self._handshakes:
-            task.cancel()
-        await asyncio.gather(*self._handshakes, return_exceptions=True)
+        await self._listener.close()
         for name in self.exports:
             await self.remove(name)
-
-    def _listen(self, sock: socket.socket, path: str | None) -> None:
-        sock.setblocking(False)
-        self._listeners[sock] = path
-        asyncio.get_running_loop().add_reader(sock, self._accept, sock)
-
-    def _accept(self, listener: socket.socket) -> None:
-        try:
-            sock, address = listener.accept()
-        except OSError as error:
-            if not isinstance(error, BlockingIOError):
-                log.warning("NBD: accept: %s", error.strerror)
-            return
-        sock.setblocking(False)
-        if listener.family == socket.AF_UNIX:
-            peer = "on a unix socket"
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER)
-        else:
-            peer = _plain_host(address[0])
-            if self._allow is not None and not self._allow(peer):
-                log.warning("NBD client %s is not allowed here; hung up", peer)
-                sock.close()
-                return
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        if self.connections >= self._max_connections:
-            log.warning("NBD client %s is one too many of %d; hung up", peer, self._max_connections)
-            sock.close()
-            return
-        task = asyncio.get_running_loop().create_task(self._shake_hands(sock, peer))
-        self._handshakes.add(task)
-        task.add_done_callback(self._handshakes.discard)
 
     async def _shake_hands(self, plain: socket.socket, peer: str) -> None:
         """Negotiate, and hand the socket to a Connection; or close it."""
         sock: Socket = plain
         try:
+            self._check_room()
+            _set_options(plain)
             async with asyncio.timeout(self._handshake_limit_s):
+                if self._secret is not None:
+                    await prove(plain, self._secret.proof("server"))
+                    self._listener.known()
                 handshake = await self._negotiate(sock)
                 if handshake is not None and handshake.wants_tls and self._tls is not None:
                     sock = await TlsSocket.wrap(plain, self._tls, server_side=True)
+                    self._listener.known()
                     handshake = await self._negotiate(sock, handshake.secured())
-            if handshake is not None and handshake.agreed is not None:
-                await self._connect(sock, peer, handshake.agreed, handshake.rest)
-                return
+                if handshake is not None and handshake.agreed is not None:
+                    self._listener.known()
+                    await self._connect(sock, peer, handshake.agreed, handshake.rest)
+                    return
         except TimeoutError:
             log.warning("NBD client %s: no handshake in %g s; hung up", peer, self._handshake_limit_s)
         except Error as error:
@@ -290,6 +225,7 @@ class Server:
         export = self._exports.get(name)
         if export is None or export.offer() != agreed.offer:
             raise Error(Kind.NOT_FOUND, f"export {name!r} was removed during the handshake")
+        self._check_room()
         connection = Connection(
             sock,
             export.node,
@@ -302,44 +238,18 @@ class Server:
         )
         self._connections[connection] = export.name
 
+    def _check_room(self) -> None:
+        if self.connections >= self._max_connections:
+            raise Error(Kind.CONFLICT, f"it is one too many of {self._max_connections}")
+
     def _ended(self, connection: Connection) -> None:
         self._connections.pop(connection, None)
         self._changed.set()
 
 
-def _bind(sock: socket.socket, address: object) -> socket.socket:
-    try:
-        if sock.family != socket.AF_UNIX:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if sock.family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock.bind(address)  # type: ignore[arg-type]
-        sock.listen(MAX_CONNECTIONS)
-    except OSError:
-        sock.close()
-        raise
-    return sock
-
-
-def _remove_dead_socket(path: str) -> None:
-    """Remove a socket that nobody listens on any more; anything else stays and makes bind fail."""
-    try:
-        if not stat.S_ISSOCK(os.stat(path).st_mode):
-            return
-    except FileNotFoundError:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-        except BlockingIOError:
-            pass  # somebody listens and is busy
-
-
-def _plain_host(host: str) -> str:
-    """An IPv4 client of an IPv6 socket is named by its IPv4 address."""
-    address = ipaddress.ip_address(host.partition("%")[0])
-    mapped = getattr(address, "ipv4_mapped", None)
-    return str(mapped or address)
+def _set_options(sock: socket.socket) -> None:
+    if sock.family == socket.AF_UNIX:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER)
+    else:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

@@ -6,6 +6,8 @@ import logging
 import os
 import sys
 
+from tcmu_replication.host.log_limit import LogLimit
+
 PRIORITY = {logging.CRITICAL: 2, logging.ERROR: 3, logging.WARNING: 4, logging.INFO: 6, logging.DEBUG: 7}
 
 
@@ -33,8 +35,14 @@ class JournalFormatter(NamedFormatter):
         return "\n".join(mark + line for line in super().format(record).splitlines())
 
 
-def log_to_stderr(name: str) -> None:
-    """Send the whole program's log to standard error, every message named `name`."""
+def log_to_stderr(name: str) -> LogLimit:
+    """Send the whole program's log to standard error, every message named `name`; not too many of a kind.
+
+    Close what is returned in the end.
+    """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter((JournalFormatter if "JOURNAL_STREAM" in os.environ else NamedFormatter)(name))
+    limit = LogLimit(handler)
+    handler.addFilter(limit)
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    return limit

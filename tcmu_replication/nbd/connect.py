@@ -10,27 +10,40 @@ from tcmu_replication.errors import Error, Kind
 from tcmu_replication.nbd.handshake_client import Agreement, ClientHandshake
 from tcmu_replication.nbd.tls_socket import Socket, TlsSocket, receive, send_all
 from tcmu_replication.nbd.uri import Address, Unix
+from tcmu_replication.prove import prove
+from tcmu_replication.secret import Secret, refuse_if_asked
 from tcmu_replication.tls import Context, sentence
 
 
 async def connect(
-    address: Address, export: str, *, timeout_s: float, tls: Context | None = None
+    address: Address,
+    export: str,
+    *,
+    timeout_s: float,
+    tls: Context | None = None,
+    secret: Secret | None = None,
 ) -> tuple[Socket, Agreement, bytes]:
     """A connected socket, what was agreed on, and bytes that came behind it, within `timeout_s`.
 
-    With `tls` there is no connection without. Raises Error PEER_LOST (no connection, or it
+    With `tls`, or `secret`, there is no connection without. Raises Error PEER_LOST (no connection, or it
     ended in the handshake), PEER_LIED (no NBD server), NOT_FOUND (no such export), PERMISSION
-    (policy, certificates), UNSUPPORTED.
+    (policy, certificates, the secret), UNSUPPORTED.
     """
     sock: Socket | None = None
     try:
         async with asyncio.timeout(timeout_s):
             sock = plain = await _open_socket(address, timeout_s)
+            if secret is not None:
+                await prove(plain, secret.proof("client"))
             handshake = ClientHandshake(export, tls=tls is not None)
+            greeted = False
             while handshake.agreed is None:
                 received = await receive(sock)
                 if not received:
                     raise Error(Kind.PEER_LOST, "hung up in the handshake")
+                if not greeted:
+                    refuse_if_asked(received)
+                    greeted = True
                 answer = handshake.receive(received)
                 if handshake.wants_tls:
                     assert tls is not None

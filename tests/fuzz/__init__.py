@@ -17,6 +17,7 @@ TARGETS = (
     "control_replies",
     "scsi_commands",
     "tcmu_ring",
+    "secret_proof",
     "manifest",
     "allocation_map",
     "resource_file",

@@ -37,8 +37,9 @@ from tcmu_replication.scsi.command import Command
 from tcmu_replication.scsi.commands import COMMANDS
 from tcmu_replication.scsi.task import Answer
 from tcmu_replication.scsi.unit import LogicalUnit
+from tcmu_replication.secret import HELLO
 from tcmu_replication.tcmu import layout
-from tests.fuzz import CORPUS, nbd_replies, nbd_requests, scsi_commands, tcmu_ring
+from tests.fuzz import CORPUS, nbd_replies, nbd_requests, scsi_commands, secret_proof, tcmu_ring
 from tests.support.fake_kernel import FakeKernel
 from tests.support.tools import run, server
 from tests.unit.control.documents import status
@@ -332,6 +333,14 @@ def own() -> None:
     keep("allocation_map", "unflushed-in-another-boot", b"\3", b"\0\3" + b"another boot!!", *unflushed)
     keep("allocation_map", "short", b"\0", b"\2\0" + b"\2" * 14)
     keep("allocation_map", "other-header", b"\3", b"\0\0" + allocation_map.header(1 << 20)[:14])
+    client, server = secret_proof.rest_of("client"), secret_proof.rest_of("server")
+    keep("secret_proof", "client", b"\0\0", client)
+    keep("secret_proof", "server", b"\1\0", server)
+    keep("secret_proof", "client-wrong-secret", b"\2\7", client)
+    keep("secret_proof", "server-wrong-secret", b"\3\7", server)
+    keep("secret_proof", "server-refuses", b"\1\0", server[:HELLO], b"\0")
+    keep("secret_proof", "nbd-greeting", b"\1\0", b"NBDMAGICIHAVEOPT\0\3")
+    keep("secret_proof", "tls-handshake", b"\0\1", b"\x16\3\1\2\0\1\0\1\xfc\3\3")
     example = Path(__file__).parents[2] / "contrib/resources/disk0.toml"
     keep("resource_file", "example", example.read_bytes())
 

@@ -154,7 +154,7 @@ class Worker:
 class Pair:
     """Both workers, running; use as a context. `certificates` has a directory for each host's [tls].
 
-    `port` is where the secondary serves NBD.
+    `port` is where the secondary serves NBD, `control_port` where it takes peer commands.
     """
 
     def __init__(
@@ -167,7 +167,8 @@ class Pair:
         **resource: object,
     ):
         self.port = free_port()
-        ports = {"port": self.port, "control-port": free_port()}
+        self.control_port = free_port()
+        ports = {"port": self.port, "control-port": self.control_port}
         document = {"name": "disk0", "size": size, **{k.replace("_", "-"): v for k, v in resource.items()}}
         self.alpha, self.beta = (
             Worker(

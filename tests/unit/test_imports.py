@@ -11,6 +11,7 @@ PACKAGE = "tcmu_replication"
 PURE = [
     "errors",
     "units",
+    "secret",
     "scsi.*",
     "nbd.protocol",
     "nbd.handshake",
@@ -24,7 +25,8 @@ PURE = [
 ]
 NO_IO = {"socket", "asyncio", "os", "mmap", "threading", "time", "select", "subprocess", "logging"}
 
-# What each folder may import of the project, besides itself, errors and units.
+SHARED = ["errors", "units", "ownership", "tls", "secret", "prove", "listener"]
+# What each folder may import of the project, besides itself and SHARED.
 MAY = {
     "scsi": [],
     "nbd": [],
@@ -78,7 +80,7 @@ def test_imports_go_down(module, path):
     mine = folder(module)
     if mine not in MAY:
         return
-    allowed = {mine, "errors", "units", "ownership", "tls", "__version__", *MAY[mine]}
+    allowed = {mine, *SHARED, "__version__", *MAY[mine]}
     for name in imports(path):
         if name.startswith(PACKAGE + "."):
             theirs = folder(name.removeprefix(PACKAGE + "."))
@@ -98,7 +100,16 @@ def test_pure_modules_do_no_io(module, path):
     assert not used, f"{module} understands bytes and must not import {sorted(used)}"
 
 
-@pytest.mark.parametrize(("name", "may"), [("ownership", {"errors"}), ("tls", {"errors", "ownership"})])
+@pytest.mark.parametrize(
+    ("name", "may"),
+    [
+        ("ownership", {"errors"}),
+        ("tls", {"errors", "ownership"}),
+        ("secret", {"errors"}),
+        ("prove", {"secret"}),
+        ("listener", {"errors"}),
+    ],
+)
 def test_what_everything_may_import_imports_little(name, may):
     ours = [module for module in imports(ROOT / PACKAGE / f"{name}.py") if module.startswith(PACKAGE)]
     assert {module.split(".")[1] for module in ours if "." in module} <= may

@@ -438,7 +438,7 @@ def test_peer_port_takes_peer_commands_of_the_peers_address_only(
         assert worker.calls == [schema.PeerEpoch(epoch=3), schema.PeerEpoch(epoch=4)]
 
     with_worker(tmp_path, body)
-    assert "refused a connection from 127.0.0.3; the peer is 127.0.0.2" in caplog.text
+    assert "control client 127.0.0.3 is not allowed here; hung up" in caplog.text
 
 
 def test_peer_learns_that_the_connection_ended(tmp_path: Path) -> None:
