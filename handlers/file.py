@@ -9,6 +9,7 @@ import os
 import stat
 from typing import ClassVar
 
+from tcmu_replication import ownership
 from tcmu_replication.block.file import File
 from tcmu_replication.block.gate import Gate
 from tcmu_replication.block.offload import Offload
@@ -51,6 +52,7 @@ class FileHandler(Handler):
             raise from_os(error, f"file/{config}") from error
         if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
             raise Error(Kind.BAD_CONFIG, f"file/{config}: neither a regular file nor a block device")
+        ownership.check(config, ownership.DEVICE if stat.S_ISBLK(mode) else ownership.FILE)
 
     async def open(self, config: str, context: Context) -> Backstore:
         """See `Handler.open`."""

@@ -55,6 +55,15 @@ def test_config_that_cannot_be_right(config: str, kind: Kind) -> None:
     assert caught.value.kind is kind
 
 
+def test_file_that_others_may_write_is_refused(tmp_path: Path) -> None:
+    """S5."""
+    path = tmp_path / "image"
+    path.write_bytes(bytes(512))
+    path.chmod(0o666)
+    with pytest.raises(Error, match=f"found {path} with mode 0666, so that others may write it"):
+        asyncio.run(handler.load("file").open(str(path), HERE))
+
+
 def test_file_that_is_in_use_leaves_nothing_open(tmp_path: Path) -> None:
     path = tmp_path / "image"
     path.write_bytes(bytes(512))
