@@ -89,28 +89,31 @@ def _print(reports: Sequence[Report], directory: Path) -> None:
         click.echo(f"no resource files in {directory}")
     for report in reports:
         file, host = report["file"], report["host"]
-        if report["verdict"] == ELSEWHERE:
-            click.echo(_folded(f"{file}: good, and {host} has no part in it", ""))
-            continue
         for error in report["errors"]:
-            click.echo(error, err=True)
+            _say(error, err=True)
+        if report["verdict"] == ELSEWHERE:
+            _say(f"{file}: good, and {host} has no part in it")
         if report["verdict"] == GOOD:
-            click.echo(f"{file}: good, {report['mode']} on {host}")
-            click.echo(_folded(f"link: {report['link']}", "  "))
+            _say(f"{file}: good, {report['mode']} on {host}")
+            _say(f"link: {report['link']}", "  ")
         for warning in report["warnings"]:
-            click.echo(_folded(f"warning: {warning}", "  "))
+            _say(f"warning: {warning}", "  ")
 
 
-def _folded(text: str, indent: str) -> str:
-    """In lines of at most `WIDTH`, where the words allow it: a path or a command stays whole."""
-    return textwrap.fill(
-        text,
-        WIDTH,
-        initial_indent=indent,
-        subsequent_indent=indent + "  ",
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+def _say(text: str, indent: str = "", *, err: bool = False) -> None:
+    """A line; on a terminal lines of at most `WIDTH`, where the words allow it: a path stays whole."""
+    if (sys.stderr if err else sys.stdout).isatty():
+        text = textwrap.fill(
+            text,
+            WIDTH,
+            initial_indent=indent,
+            subsequent_indent=indent + "  ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    else:
+        text = indent + text
+    click.echo(text, err=err)
 
 
 def _print_json(reports: Sequence[Report]) -> None:

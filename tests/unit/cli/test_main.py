@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
+import pty
 import socket
 import subprocess
 import sys
@@ -368,8 +371,26 @@ def test_check_of_a_good_file(good: Path) -> None:
     first, *rest = result.stdout.splitlines()
     assert first == f"{good}: good, secondary on beta"
     assert rest[0].startswith("  link: ")
-    assert all(line.startswith("  ") and len(line) <= 80 for line in rest)
+    assert all(line.startswith("  ") for line in rest)
     assert "warning" not in result.stdout
+
+
+def test_check_on_a_terminal_fits_80_columns_where_a_path_lets_it(good: Path) -> None:
+    (good.parent.parent / "overlays").chmod(0o777)
+    ours, theirs = pty.openpty()
+    words = [sys.executable, "-m", "tcmu_replication", "check"]
+    with subprocess.Popen(words, stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        said = b""
+        with contextlib.suppress(OSError):  # EIO: nobody has the other end any more
+            while data := os.read(ours, 4096):
+                said += data
+    os.close(ours)
+    assert process.returncode == exits.WRONG
+    lines = said.decode().splitlines()
+    assert len(lines) > 2
+    assert all(len(line) <= 80 or str(good.parent.parent) in line for line in lines)
+    assert "so that others may write it" in " ".join(" ".join(lines).split())
 
 
 def test_check_says_each_thing_that_is_wrong_and_what_is_worth_a_word(good: Path) -> None:
