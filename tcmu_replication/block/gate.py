@@ -1,21 +1,28 @@
-"""The checked door at the top of a chain: bounds, read-only, and the hold of a checkpoint.
+"""The checked door at the top of a chain: bounds, read-only, the hold of a checkpoint, and claims.
 
-Everything from outside comes through here once; below, nodes trust each other.
+Everything from outside comes through here once, whichever frontend brings it;
+below, nodes trust each other.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any
 
 from tcmu_replication.block.buffers import size
 from tcmu_replication.block.node import Buffers, Extent, Node
-from tcmu_replication.block.pending import Pending, attempt, settle
+from tcmu_replication.block.pending import Pending, attempt, gather, settle
+from tcmu_replication.block.turns import Turn, Turns
 from tcmu_replication.errors import Error, Kind
 from tcmu_replication.units import format_size
+
+_MANY = 64
+"""So many writes that have ended are remembered, and as many as are under way."""
+
+Call = Callable[[], Pending | None]
+"""A request that waits: makes the call of the node that is below then."""
 
 
 class Gate(Node):
@@ -25,6 +32,9 @@ class Gate(Node):
     (`swap`), and calls `release()`: the requests made meanwhile then run in
     the order in which they were made (`quiet()` is all of that). Requests of no
     bytes end at once.
+
+    `claim()` is for a request of several calls, as COMPARE AND WRITE is: until
+    it is released nobody else writes to its range, through any frontend.
 
     Counters since the start: `reads`, `writes` (zeroing included), `bytes_read`
     and `bytes_written`; what is refused does not count.
@@ -38,7 +48,11 @@ class Gate(Node):
         self.bytes_written = 0
         self._held = False
         self._releasing = False
-        self._queue: deque[tuple[str, tuple[Any, ...], Pending]] = deque()
+        self._guarded = False  # held, or there are claims: what a write looks at
+        self._queue: deque[tuple[Call, Pending]] = deque()
+        self._turns = Turns()
+        self._writes: list[tuple[int, int, Pending]] = []  # from, to; some of them have ended
+        self._many = _MANY
         self._in_flight = 0
         self._drained: Pending | None = None
 
@@ -51,7 +65,7 @@ class Gate(Node):
         self.reads += 1
         self.bytes_read += length
         if self._held:
-            return self._wait("read", offset, buffers)
+            return self._wait(partial(self._read_later, offset, buffers))
         pending = self.child.read(offset, buffers)
         return None if pending is None else self._follow(pending)
 
@@ -68,10 +82,10 @@ class Gate(Node):
             return None
         self.writes += 1
         self.bytes_written += length
-        if self._held:
-            return self._wait("write", offset, buffers, fua)
+        if self._guarded:
+            return self._guard(offset, length, partial(self._write_later, offset, buffers, fua))
         pending = self.child.write(offset, buffers, fua)
-        return None if pending is None else self._follow(pending)
+        return None if pending is None else self._follow_write(pending, offset, length)
 
     def zero(self, offset: int, length: int, fua: bool = False, unmap: bool = True) -> Pending | None:
         """See `Node.zero`. Raises `Error` READ_ONLY or OUT_OF_RANGE."""
@@ -80,24 +94,32 @@ class Gate(Node):
             return None
         self.writes += 1
         self.bytes_written += length
-        if self._held:
-            return self._wait("zero", offset, length, fua, unmap)
-        return self._follow(self.child.zero(offset, length, fua, unmap))
+        if self._guarded:
+            return self._guard(offset, length, partial(self._zero_later, offset, length, fua, unmap))
+        return self._follow_write(self.child.zero(offset, length, fua, unmap), offset, length)
 
     def discard(self, offset: int, length: int) -> Pending | None:
         """See `Node.discard`. Raises `Error` READ_ONLY or OUT_OF_RANGE."""
         if self.read_only or offset < 0 or length <= 0 or offset + length > self.length:
             self._refuse(offset, length, writes=True)
             return None
-        if self._held:
-            return self._wait("discard", offset, length)
-        return self._follow(self.child.discard(offset, length))
+        if self._guarded:
+            return self._guard(offset, length, partial(self._discard_later, offset, length))
+        return self._follow_write(self.child.discard(offset, length), offset, length)
 
     def flush(self) -> Pending | None:
         """See `Node.flush`."""
         if self._held:
-            return self._wait("flush")
+            return self._wait(self._flush_later)
         return self._follow(self.child.flush())
+
+    def claim(self, offset: int, length: int) -> Claim:
+        """A range of at least one byte for one request alone. Raises `Error` READ_ONLY or OUT_OF_RANGE."""
+        if self.read_only or offset < 0 or length <= 0 or offset + length > self.length:
+            self._refuse(offset, length, writes=True)
+        claim = Claim(self, offset, length)
+        claim.granted = self._wait(claim.stand) if self._held else claim.stand()
+        return claim
 
     def extents(self, offset: int, length: int) -> list[Extent]:
         """See `Node.extents`: at once, held or not. Raises `Error` OUT_OF_RANGE."""
@@ -106,7 +128,7 @@ class Gate(Node):
 
     def hold(self) -> None:
         """From now on requests wait for `release`. What was gathered below is started. Twice is fine."""
-        self._held = True
+        self._held = self._guarded = True
         self._releasing = False
         self.child.unplug()
 
@@ -117,7 +139,7 @@ class Gate(Node):
 
     @property
     def in_flight(self) -> int:
-        """Requests that were passed on and have not ended; those that wait are not among them."""
+        """Requests that were passed on and have not ended, or wait for a claim; not those that a hold lets wait."""
         return self._in_flight
 
     @property
@@ -164,15 +186,15 @@ class Gate(Node):
             return
         self._releasing = True
         while self._queue and self._releasing:
-            operation, args, promised = self._queue.popleft()
-            error, pending = attempt(getattr(self.child, operation), *args)
+            call, promised = self._queue.popleft()
+            error, pending = attempt(call)
             if pending is None:
                 promised.complete(error)
             else:
-                self._follow(pending)
                 pending.then(partial(_pass_on, promised))
         if self._releasing:
             self._releasing = self._held = False
+            self._guarded = bool(self._turns)
         self.child.unplug()
 
     @asynccontextmanager
@@ -185,10 +207,65 @@ class Gate(Node):
         finally:
             self.release()
 
-    def _wait(self, operation: str, *args: Any) -> Pending:
+    def _wait(self, call: Call) -> Pending:
         promised = Pending()
-        self._queue.append((operation, args, promised))
+        self._queue.append((call, promised))
         return promised
+
+    def _guard(self, offset: int, length: int, call: Call) -> Pending | None:
+        """A write that a hold, or the claim of another, may let wait."""
+        if self._held:
+            return self._wait(partial(self._in_turn, offset, length, call))
+        return self._in_turn(offset, length, call)
+
+    def _in_turn(self, offset: int, length: int, call: Call) -> Pending | None:
+        """Make a write when those in line before it have begun (the nodes below keep the order) or been released."""
+        ahead = self._turns.ahead(offset, offset + length)
+        if not ahead:
+            return self._follow_write(call(), offset, length)
+        promised = Pending()
+
+        def begin() -> None:
+            error, pending = attempt(call)
+            self._follow_write(pending, offset, length)
+            self._turns.leave(turn)
+            if pending is None:
+                promised.complete(error)
+            else:
+                pending.then(partial(_pass_on, promised))
+
+        turn = Turn(offset, offset + length, begin)
+        self._turns.stand(turn, ahead)
+        return self._follow(promised)
+
+    def _follow_write(self, pending: Pending | None, offset: int, length: int) -> Pending | None:
+        """As `_follow`, and whoever claims its range waits for its end. (Several may share one `Pending`.)"""
+        if pending is not None and not pending.done:
+            self._in_flight += 1
+            pending.then(self._ended)
+            self._writes.append((offset, offset + length, pending))
+            if len(self._writes) > self._many:  # cheaper than to look for each that ends
+                self._writes = [write for write in self._writes if not write[2].done]
+                self._many = 2 * len(self._writes) + _MANY
+        return pending
+
+    # What waits does so with the node that is below when it is made: another may be put there meanwhile. (Functions and
+    # not lambdas, which would make every request slower, also where nothing waits.)
+
+    def _read_later(self, offset: int, buffers: Buffers) -> Pending | None:
+        return self._follow(self.child.read(offset, buffers))
+
+    def _write_later(self, offset: int, buffers: Buffers, fua: bool) -> Pending | None:
+        return self.child.write(offset, buffers, fua)
+
+    def _zero_later(self, offset: int, length: int, fua: bool, unmap: bool) -> Pending | None:
+        return self.child.zero(offset, length, fua, unmap)
+
+    def _discard_later(self, offset: int, length: int) -> Pending | None:
+        return self.child.discard(offset, length)
+
+    def _flush_later(self) -> Pending | None:
+        return self._follow(self.child.flush())
 
     def _follow(self, pending: Pending | None) -> Pending | None:
         if pending is not None and not pending.done:
@@ -216,6 +293,65 @@ class Gate(Node):
         if writes and self.read_only:
             raise Error(Kind.READ_ONLY, f"{self.name}: {self.child.name} is read-only")
         self._check(offset, length)
+
+
+class Claim:
+    """A request of several calls on one range, to which nobody else writes until `release`; by `Gate.claim`.
+
+    `granted` is None, or ends when the request may begin: when no write to the
+    range is under way and no earlier claim is left. Writes to the range that
+    come later stand in line. It is in flight from when it stands in line, so
+    what it reads and writes passes a gate that is held meanwhile.
+    """
+
+    def __init__(self, gate: Gate, offset: int, length: int) -> None:
+        self.granted: Pending | None = None
+        self._gate = gate
+        self._offset = offset
+        self._length = length
+        self._ready = Pending()
+        self._released = Pending()
+        self._turn = Turn(offset, offset + length, self._begin)
+
+    def read(self, buffers: Buffers) -> Pending | None:
+        """Fill `buffers`, which are as long as the range. See `Node.read`."""
+        self._gate.reads += 1
+        self._gate.bytes_read += self._length
+        return self._gate.child.read(self._offset, buffers)
+
+    def write(self, buffers: Buffers, fua: bool = False) -> Pending | None:
+        """Write `buffers`, which are as long as the range. See `Node.write`."""
+        self._gate.writes += 1
+        self._gate.bytes_written += self._length
+        return self._gate.child.write(self._offset, buffers, fua)
+
+    def release(self) -> None:
+        """Let the next in line begin: once, when it was granted and its calls have ended."""
+        gate = self._gate
+        gate._turns.leave(self._turn)
+        gate._guarded = gate._held or bool(gate._turns)
+        gate.child.unplug()
+        self._released.complete()
+
+    def stand(self) -> Pending | None:
+        """For the gate, when nothing is held: stand in line. What `granted` is to be."""
+        gate = self._gate
+        gate._guarded = True
+        gate._follow(self._released)
+        gate._turns.stand(self._turn, gate._turns.ahead(self._turn.start, self._turn.end))
+        return None if self._ready.done else self._ready
+
+    def _begin(self) -> None:
+        """It is the first in line; writes that were there before any line may be under way still."""
+        busy = gather(
+            pending
+            for start, end, pending in self._gate._writes
+            if start < self._turn.end and self._turn.start < end and not pending.done
+        )
+        if busy is None:
+            self._ready.complete()
+        else:
+            busy.then(lambda _: self._ready.complete())
 
 
 def _pass_on(promised: Pending, ended: Pending) -> None:

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar
 
-from tcmu_replication.block.node import Node
+from tcmu_replication.block.gate import Gate
 from tcmu_replication.control.schema import DEVICE_COMMANDS, Command, Document, Frontend
 from tcmu_replication.control.server import Handler as CommandHandler
 from tcmu_replication.control.server import Server
@@ -25,8 +25,9 @@ GROUP = "tcmu_replication.handlers"
 
 
 class Backstore:
-    """An open LUN: `top` is the node that is served, `block_size` its logical block in bytes.
+    """An open LUN: `top` is the gate of what is served, `block_size` its logical block in bytes.
 
+    Without a block size that of the kernel's backstore counts.
     `commands` are the bodies of control commands, rows of `table`; the worker
     adds query-status and quit where they are missing. `serial` is the unit
     serial number for frontends that have no other.
@@ -36,8 +37,8 @@ class Backstore:
 
     def __init__(
         self,
-        top: Node,
-        block_size: int = 512,
+        top: Gate,
+        block_size: int | None = None,
         commands: Mapping[str, CommandHandler] | None = None,
         serial: str | None = None,
     ) -> None:

@@ -215,13 +215,8 @@ class Worker:
         log.info("%s: serving %s (%s)", self.name, device, identity.name)
 
     def _unit(self, store: configfs.Backstore, backstore: Backstore, device: str) -> LogicalUnit:
+        check_store(store, backstore, f"{device}: the backstore {store.path.name}", self.name)
         length = backstore.top.length
-        if store.size != length:
-            raise Error(
-                Kind.BAD_CONFIG,
-                f"{device}: the backstore {store.path.name} was created with {store.size} bytes, {self.name} has "
-                f"{length}; delete it and create it with size={length}",
-            )
         known = ScsiIdentity(
             VENDOR, store.path.name, tcmu_replication.__version__[:4], backstore.serial or ""
         )
@@ -305,6 +300,26 @@ class Worker:
         if self._control is not None:
             self._control.emit("SHUTDOWN", Shutdown(guest=False, reason="host-qmp-quit"))
         self._ended.set()
+
+
+def check_store(store: configfs.Backstore, backstore: Backstore, what: str, name: str) -> None:
+    """Raise BAD_CONFIG unless `store`, called `what`, is as the LUN `name`: in its size and its block size.
+
+    Initiators that see one disk in blocks of 512 and of 4096 bytes write partition tables that the other misreads.
+    """
+    length, block = backstore.top.length, backstore.block_size
+    if store.size != length:
+        raise Error(
+            Kind.BAD_CONFIG,
+            f"{what} was created with {store.size} bytes, {name} has {length}; delete it and create it with "
+            f"size={length}",
+        )
+    if block is not None and store.block_size != block:
+        raise Error(
+            Kind.BAD_CONFIG,
+            f"{what} was created with blocks of {store.block_size} bytes, {name} has blocks of {block} "
+            f"(block-size in its resource file); delete it and create it with hw_block_size={block}",
+        )
 
 
 def _be_an_io_flusher() -> None:

@@ -5,16 +5,21 @@ that ended is answered, the kernel is woken once; then the ring is looked at
 again. What ends later is answered in batches likewise.
 
 Data-In. The pages of the data area are recycled and never cleared. The kernel
-copies to the initiator what READ_LEN says, or all of a Data-In area if READ_LEN
-is 0; so an answer that filled less always says how much, and one that filled
-nothing says one byte, which is zero. (CHECK CONDITION copies nothing.)
+copies to the initiator's buffer what READ_LEN says, or all of a Data-In area if
+READ_LEN is 0, whatever the status is (CHECK CONDITION alone copies nothing).
+With a status that is not GOOD a network fabric then sends none of it; loopback
+has no such step, the buffer is the initiator's own. So an answer that filled
+less always says how much, and one that filled nothing says one byte, which is
+made zero first. (drivers/target/target_core_user.c, tcmu_handle_completion;
+target_core_transport.c, target_complete_ok_work)
 
 Late commands. Every command gets an answer within `deadline_s`: one still under
 way then is answered BUSY, before the kernel's own time-out turns it into an
 I/O error. Its buffers are in use by the chain, so it is answered with
 KEEP_BUF: the kernel leaves the pages and the cmd_id alone until the chain has
 let go and free_kept_buf says so. The initiator sends the command again; the
-chain keeps the order of writes, so the late one cannot undo a newer one. The
+chain keeps the order of writes, so the late one cannot undo a newer one, and of
+a command of several calls those that were not made are not made any more. The
 commands that a task-management entry names are answered in the same way at
 once. A kernel without KEEP_BUF (before 5.15) gets the answer only when the
 chain lets go.
@@ -32,12 +37,14 @@ import math
 from collections.abc import Callable
 from functools import partial
 
-from tcmu_replication.block.node import Node
+from tcmu_replication.block.gate import Gate
 from tcmu_replication.block.offload import Offload
 from tcmu_replication.block.pending import Pending, settle
 from tcmu_replication.errors import Error, Kind
 from tcmu_replication.frontend.scsi import Runner
 from tcmu_replication.scsi import sense
+from tcmu_replication.scsi.command import Data
+from tcmu_replication.scsi.commands import COMMANDS
 from tcmu_replication.scsi.task import Answer, Task
 from tcmu_replication.scsi.unit import LogicalUnit
 from tcmu_replication.tcmu.configfs import Backstore
@@ -56,6 +63,7 @@ _ROUNDS = 16
 """Looks at the ring before the rest of the loop gets its turn."""
 
 _CHECK_CONDITION = sense.Status.CHECK_CONDITION
+_DATA_OUT = frozenset(row.opcode for row in COMMANDS if row.data is Data.OUT)
 _MALFORMED = sense.CheckCondition(sense.INTERNAL_TARGET_FAILURE).answer()
 
 
@@ -86,7 +94,7 @@ class TcmuFrontend:
         device: Device,
         backstore: Backstore,
         unit: LogicalUnit,
-        node: Node,
+        node: Gate,
         loop: asyncio.AbstractEventLoop,
         *,
         deadline_s: float = DEADLINE_S,
@@ -235,7 +243,7 @@ class TcmuFrontend:
             # The entry does not say which way the data goes; the CDB does, so either is offered.
             outcome = command_of(command.cdb, buffers, command.length)
             if type(outcome) is Task:
-                run(outcome, buffers, buffers, partial(finish, command))
+                run(outcome, buffers, buffers, partial(finish, command), command)
             else:
                 finish(command, outcome, 0)  # type: ignore[arg-type]
         self.node.unplug()
@@ -258,13 +266,11 @@ class TcmuFrontend:
             if data:
                 filled = _fill(command.buffers, data)
             if filled < command.length:
-                if not filled:
-                    command.buffers[0][0] = 0
-                read_len = filled or 1
+                read_len = filled or _nothing(command)
         elif status == _CHECK_CONDITION:
             self.counters.failed += 1
         elif command.length:
-            read_len = 1
+            read_len = _nothing(command)
         ring.complete(command.cmd_id, status, sense_data, read_len)
         if not self._serving and not self._publishing:
             self._publishing = True
@@ -325,8 +331,12 @@ class TcmuFrontend:
         for command in commands:
             command.abandoned = True
             self._kept.add(command)
-            # One byte counts; nothing is written to the buffers, which may be Data-Out under way.
-            ring.complete(command.cmd_id, sense.Status.BUSY, read_len=1 if command.length else 0, keep=True)
+            read_len = 0
+            if command.length:
+                # Data-Out under way must be left alone, and the kernel copies nothing of it. Data-In that the chain
+                # still reads into may be written: its first byte is zero then, or what was asked for.
+                read_len = _nothing(command) if command.cdb[0] not in _DATA_OUT else 1
+            ring.complete(command.cmd_id, sense.Status.BUSY, read_len=read_len, keep=True)
         self._publish()
 
     def _let_go(self, command: Command) -> None:
@@ -392,6 +402,12 @@ class TcmuFrontend:
         if self._idle is not None:
             idle, self._idle = self._idle, None
             idle.complete()
+
+
+def _nothing(command: Command) -> int:
+    """The read_len of a Data-In area of which nothing may be seen: one byte (0 means all), which is zero."""
+    command.buffers[0][0] = 0
+    return 1
 
 
 def _fill(buffers: list[memoryview], data: bytes) -> int:

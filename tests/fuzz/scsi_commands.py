@@ -7,11 +7,13 @@ then        any number of commands: length of the CDB (a byte), the CDB, length 
 
 from __future__ import annotations
 
+from tcmu_replication.block.gate import Gate
 from tcmu_replication.frontend.scsi import Runner
 from tcmu_replication.scsi.commands import COMMANDS
 from tcmu_replication.scsi.identity import Identity
 from tcmu_replication.scsi.task import Answer
 from tcmu_replication.scsi.unit import LogicalUnit
+from tcmu_replication.tcmu.ring import Command
 from tests.fuzz.disk import Disk
 from tests.fuzz.script import Script
 
@@ -39,7 +41,7 @@ def check(data: bytes) -> None:
         write_cache=not flags & 4,
     )
     before = bytes(disk.data)
-    runner = Runner(disk)
+    runner = Runner(Gate(disk))
     while script.left:
         cdb = script.take(script.number())
         in_length, out_length = script.number(2), script.number(2)
@@ -55,7 +57,7 @@ def _run(unit: LogicalUnit, runner: Runner, disk: Disk, cdb: bytes, data_out: by
     outcome = unit.command(cdb, out, in_length)
     ends = [(outcome, 0)] if isinstance(outcome, Answer) else []
     if not isinstance(outcome, Answer):
-        runner.run(outcome, out, [memoryview(area)], lambda *end: ends.append(end))
+        runner.run(outcome, out, [memoryview(area)], lambda *end: ends.append(end), Command(0, cdb, [], 0))
         while disk.release():
             pass
     ((answer, filled),) = ends

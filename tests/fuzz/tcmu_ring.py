@@ -7,6 +7,7 @@ the rest    the ring from its start on; zeroes behind that
 
 from __future__ import annotations
 
+from tcmu_replication.block.gate import Gate
 from tcmu_replication.errors import Error, Kind
 from tcmu_replication.frontend.scsi import Runner
 from tcmu_replication.scsi.identity import Identity
@@ -65,7 +66,7 @@ def _serve(ring: Ring, *, rounds: int) -> None:
     start, size = layout.MAILBOX.unpack_from(memory)[2:4]
     disk = Disk(64 << 10)
     unit = LogicalUnit(disk.length, 512, lambda: _IDENTITY)
-    runner = Runner(disk)
+    runner = Runner(Gate(disk))
     for _ in range(rounds):
         for _ in range(RING // layout.HEADER.size):
             try:
@@ -101,6 +102,6 @@ def _run(ring: Ring, unit: LogicalUnit, runner: Runner, command: Command, data_s
         ring.complete(command.cmd_id, outcome.status, outcome.sense)
         return
     ends: list[Answer] = []
-    runner.run(outcome, command.buffers, command.buffers, lambda answer, _: ends.append(answer))
+    runner.run(outcome, command.buffers, command.buffers, lambda answer, _: ends.append(answer), command)
     (answer,) = ends
     ring.complete(command.cmd_id, answer.status, answer.sense)

@@ -44,7 +44,11 @@ class BrokenRingError(AssertionError):
 
 
 class Result(NamedTuple):
-    """What the initiator gets: status, sense (CHECK CONDITION only), Data-In without the residual."""
+    """What the initiator gets: status, sense (CHECK CONDITION only), Data-In without the residual.
+
+    Data-In is what target_core_user copies to the initiator's buffer, whatever the status is: loopback's initiator
+    has that buffer. iSCSI sends nothing of it with a status that is not GOOD.
+    """
 
     status: int
     sense: bytes

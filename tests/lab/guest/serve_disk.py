@@ -13,6 +13,7 @@ import signal
 import sys
 
 from tcmu_replication.block.file import File
+from tcmu_replication.block.gate import Gate
 from tcmu_replication.block.node import Buffers
 from tcmu_replication.block.pending import Pending
 from tcmu_replication.frontend.tcmu import TcmuFrontend
@@ -53,7 +54,7 @@ async def main(name: str, disk: str, deadline_s: str) -> None:
         device,
         backstore,
         unit,
-        StickyFile(disk),
+        Gate(StickyFile(disk)),
         loop,
         deadline_s=float(deadline_s),
         on_closed=lambda error: ended.set_result(f"closed: {error}"),

@@ -28,6 +28,15 @@ class Slow(Node):
     def write(self, offset: int, buffers: Buffers, fua: bool = False) -> Pending:
         return self._later("write", offset, bytes(buffers[0]), fua)
 
+    def read(self, offset: int, buffers: Buffers) -> None:
+        return None
+
+    def zero(self, offset: int, length: int, fua: bool = False, unmap: bool = True) -> Pending:
+        return self._later("zero", offset, length)
+
+    def discard(self, offset: int, length: int) -> Pending:
+        return self._later("discard", offset, length)
+
     def flush(self) -> Pending:
         return self._later("flush")
 
@@ -209,3 +218,104 @@ def test_gate_swaps_what_lies_below_only_when_quiet() -> None:
     gate.release()
     assert gate.read_only
     assert gate.child is other
+
+
+def test_gate_write_to_a_claimed_range_waits_and_others_pass() -> None:
+    """A8: whichever frontend brings it."""
+    slow = Slow()
+    gate = Gate(slow)
+    claim = gate.claim(512, 512)
+    assert claim.granted is None
+    waits = [gate.write(0, data(b"x" * 513)), gate.zero(1023, 1), gate.discard(600, 8)]
+    assert slow.calls == []
+    assert gate.in_flight == 4
+    gate.write(1024, data(b"z"))
+    assert slow.calls == [("write", 1024, b"z", False)]
+    assert gate.read(512, [memoryview(bytearray(1))]) is None
+    claim.write(data(b"c" * 512))
+    slow.answers[1].complete()
+    before = slow.unplugged
+    claim.release()
+    assert slow.unplugged > before
+    assert [call[:2] for call in slow.calls[2:]] == [("write", 0), ("zero", 1023), ("discard", 600)]
+    for answer in slow.answers:
+        if not answer.done:
+            answer.complete()
+    assert all(waited is not None and waited.done for waited in waits)
+    assert gate.in_flight == 0
+    gate.write(512, data(b"n"))
+    assert slow.calls[-1] == ("write", 512, b"n", False), "nothing is left of the claim"
+
+
+def test_gate_claim_waits_for_the_writes_under_way_on_its_range() -> None:
+    slow = Slow()
+    gate = Gate(slow)
+    gate.write(0, data(b"x" * 100))
+    gate.write(50, data(b"y" * 100))
+    gate.write(512, data(b"z"))
+    claim = gate.claim(0, 512)
+    assert claim.granted is not None
+    gate.write(0, data(b"later"))
+    slow.answers[1].complete(Error(Kind.IO))
+    assert not claim.granted.done
+    slow.answers[0].complete()
+    assert claim.granted.done
+    assert claim.granted.error is None
+    assert len(slow.calls) == 3
+    claim.release()
+    assert slow.calls[3] == ("write", 0, b"later", False)
+
+
+def test_gate_claim_is_in_flight_and_passes_a_hold() -> None:
+    slow = Slow()
+    gate = Gate(slow)
+    claim = gate.claim(0, 512)
+    waited = gate.write(0, data(b"w" * 512))
+    gate.hold()
+    drained = gate.drained()
+    assert drained is not None
+    late = gate.write(0, data(b"l" * 512))
+    claim.write(data(b"c" * 512))
+    slow.answers[0].complete()
+    claim.release()
+    slow.answers[1].complete()
+    assert waited is not None
+    assert waited.done
+    assert drained.done
+    assert [call[2][:1] for call in slow.calls] == [b"c", b"w"]
+    gate.release()
+    assert slow.calls[2][2] == b"l" * 512
+    slow.answers[2].complete()
+    assert late is not None
+    assert late.done
+
+
+def test_gate_claim_of_a_held_gate_stands_in_line_with_what_waits() -> None:
+    slow = Slow()
+    gate = Gate(slow)
+    gate.hold()
+    gate.write(0, data(b"a" * 512))
+    claim = gate.claim(0, 512)
+    gate.write(0, data(b"b" * 512))
+    assert gate.in_flight == 0
+    gate.release()
+    assert claim.granted is not None
+    assert not claim.granted.done
+    slow.answers[0].complete()
+    assert claim.granted.done
+    assert len(slow.calls) == 1
+    claim.release()
+    assert slow.calls[1][2] == b"b" * 512
+
+
+@pytest.mark.parametrize(("offset", "length"), [*OUTSIDE, (0, -1)])
+def test_gate_refuses_claims_outside(offset: int, length: int) -> None:
+    with pytest.raises(Error) as caught:
+        Gate(Memory(LENGTH)).claim(offset, length)
+    assert caught.value.kind is Kind.OUT_OF_RANGE
+
+
+def test_gate_refuses_claims_of_a_read_only_disk() -> None:
+    with pytest.raises(Error) as caught:
+        Gate(Memory(LENGTH, read_only=True)).claim(0, 1)
+    assert caught.value.kind is Kind.READ_ONLY

@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tcmu_replication.block.gate import Gate
 from tcmu_replication.block.memory import Memory
 from tcmu_replication.block.pending import Pending
 from tcmu_replication.errors import Error, Kind
 from tcmu_replication.frontend import scsi
 from tcmu_replication.frontend.scsi import PIECE, Runner
-from tcmu_replication.scsi.sense import GOOD, miscompare
+from tcmu_replication.scsi.sense import BUSY, GOOD, miscompare
 from tcmu_replication.scsi.task import Answer, Op, Task
 from tcmu_replication.units import KiB, MiB
 
@@ -75,6 +76,13 @@ class Recorder(Memory):
         self.unplugged += 1
 
 
+class Patient:
+    """A caller, who waits until the test says otherwise."""
+
+    def __init__(self) -> None:
+        self.abandoned = False
+
+
 class Bench:
     """A runner on a recorder, and the ends of what it ran."""
 
@@ -82,10 +90,18 @@ class Bench:
         self.node = Recorder()
         if late:
             self.node.late = []
-        self.runner = Runner(self.node)
+        self.gate = Gate(self.node)
+        self.runner = Runner(self.gate)
         self.ends: dict[str, tuple[Answer, int]] = {}
 
-    def run(self, task: Task, *data_out: bytes, name: str = "", data_in: bytearray | None = None) -> None:
+    def run(
+        self,
+        task: Task,
+        *data_out: bytes,
+        name: str = "",
+        data_in: bytearray | None = None,
+        caller: Patient | None = None,
+    ) -> None:
         views = [memoryview(part) for part in data_out]
         into = [] if data_in is None else [memoryview(data_in)]
 
@@ -93,7 +109,7 @@ class Bench:
             assert name not in self.ends
             self.ends[name] = (answer, filled)
 
-        self.runner.run(task, views, into, done)
+        self.runner.run(task, views, into, done, caller or Patient())
 
     def end(self, name: str = "") -> tuple[Answer, int]:
         return self.ends[name]
@@ -298,9 +314,9 @@ def test_a_write_to_its_blocks_waits_for_a_compare_and_write(task: Task) -> None
     bench = Bench(late=True)
     bench.run(CAW, bytes(512), A, name="compare")
     bench.run(task, bytes(1024), name="write")
-    assert bench.node.calls == [("read", 512, 512)]
+    assert not any(call[1] < 1024 and call[1] + call[2] > 512 for call in bench.node.calls[1:])
     assert bench.node.end() == "read"
-    assert bench.node.end() == "write"
+    assert bench.node.end([name for _, name, *_ in bench.node.late or ()].index("write")) == "write"
     assert bench.end("compare") == (GOOD, 0)
     assert "write" not in bench.ends
     assert len(bench.node.calls) > 2, "and then it starts"
@@ -367,6 +383,62 @@ def test_what_goes_on_by_itself_is_not_left_plugged() -> None:
     assert bench.node.unplugged == 1
 
 
+LONG = Task(Op.WRITE_SAME, 0, 4 * PIECE, pattern=A)
+IN_STEPS = [
+    (LONG, b"", 1),
+    (Task(Op.VERIFY, 0, 4 * PIECE), b"", 0),
+    (CAW, bytes(512) + B, 0),
+    (Task(Op.READ, 0, 512, fua=True), b"", 0),
+    (Task(Op.UNMAP, fua=True, ranges=((0, 512), (1024, 512))), b"", 2),
+]
+
+
+@pytest.mark.parametrize(("task", "data_out", "changes"), IN_STEPS)
+def test_an_abandoned_command_changes_nothing_that_it_has_not_begun(
+    task: Task, data_out: bytes, changes: int
+) -> None:
+    """D10."""
+    bench = Bench(late=True)
+    caller = Patient()
+    bench.run(task, data_out, data_in=bytearray(512), caller=caller)
+    begun = len(bench.node.calls)
+    caller.abandoned = True
+    bench.finish()
+    assert bench.end() == (BUSY, 0)
+    assert len(bench.node.calls) == begun
+    assert sum(call[0] in ("write", "discard") for call in bench.node.calls) == changes
+
+
+def test_a_compare_and_write_that_was_abandoned_in_line_lets_the_next_pass() -> None:
+    """D10."""
+    bench = Bench(late=True)
+    caller = Patient()
+    bench.run(Task(Op.WRITE, 512, 512), A, name="before")
+    bench.run(CAW, A, B, name="abandoned", caller=caller)
+    bench.run(CAW, A, C, name="repeated")
+    caller.abandoned = True
+    bench.finish()
+    assert bench.end("abandoned") == (BUSY, 0)
+    assert bench.end("repeated") == (GOOD, 0)
+    assert bench.node.data[512:1024] == C
+    assert bench.gate.in_flight == 0
+
+
+def test_the_repetition_of_a_compare_and_write_stays_behind_the_write_that_was_under_way() -> None:
+    """D10: after BUSY the write that was made already is seen by the repetition, and cannot come after it."""
+    bench = Bench(late=True)
+    caller = Patient()
+    bench.run(CAW, bytes(512), A, name="abandoned", caller=caller)
+    bench.node.end()
+    caller.abandoned = True
+    bench.run(CAW, bytes(512), A, name="repeated")
+    assert [call[0] for call in bench.node.calls] == ["read", "write"]
+    bench.finish()
+    assert bench.end("abandoned") == (BUSY, 0)
+    assert bench.end("repeated") == (miscompare(0), 0)
+    assert bench.node.data[512:1024] == A
+
+
 _blocks = st.sampled_from([(0, 1), (0, 2), (1, 2)])
 _values = st.sampled_from(b"\0A")
 _events = st.one_of(
@@ -402,7 +474,7 @@ def test_commands_that_overlap_behave_as_if_one_by_one(events: list[tuple]) -> N
                 assert answer == GOOD
                 model[span] = effect
 
-        bench.runner.run(task, [memoryview(data_out)], [], done)
+        bench.runner.run(task, [memoryview(data_out)], [], done, Patient())
 
     for kind, *about in events:
         if kind == "end":

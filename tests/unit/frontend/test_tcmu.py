@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import random
 import struct
 
 import pytest
 
+from tcmu_replication.block.gate import Gate
 from tcmu_replication.block.memory import Memory
 from tcmu_replication.block.pending import Pending, settle
 from tcmu_replication.errors import Error, Kind
@@ -32,6 +34,14 @@ def read_16(offset, length):
 
 def write_16(offset, length):
     return struct.pack(">BBQIH", 0x8A, 0, offset // 512, length // 512, 0)
+
+
+def write_same_16(offset, length):
+    return struct.pack(">BBQIH", 0x93, 0, offset // 512, length // 512, 0)
+
+
+def compare_and_write(offset):
+    return struct.pack(">BBQIH", 0x89, 0, offset // 512, 1, 0)
 
 
 class Slow(Memory):
@@ -79,7 +89,7 @@ class Host:
             self.kernel.open(),
             self.kernel,
             self.unit,
-            self.node,
+            self.node if isinstance(self.node, Gate) else Gate(self.node),
             self.loop,
             on_closed=self.closed.set_result,
             **options,
@@ -215,7 +225,8 @@ async def test_no_initiator_sees_what_was_in_the_pages_before(cdb, in_length):
 
 @on_loop
 async def test_busy_does_not_show_what_was_in_the_pages_before():
-    async with Host(kernel=FakeKernel(data_size=256 << 10)) as host:
+    """S6."""
+    async with Host(kernel=FakeKernel(data_size=256 << 10, scatter=random.Random(1))) as host:
         await fill_pages_with_secrets(host)
 
         def busy(offset, buffers):
@@ -223,8 +234,33 @@ async def test_busy_does_not_show_what_was_in_the_pages_before():
 
         host.node.read = busy
         result = await host.run(read_16(0, 8192), in_length=8192)
-        assert result.status == BUSY
-        assert len(result.data) <= 1
+        assert result == (BUSY, b"", b"\0")
+
+
+@pytest.mark.parametrize("cdb", [read_16(0, 8192), SYNCHRONIZE_CACHE], ids=["read", "task that has no data"])
+@on_loop
+async def test_a_late_command_does_not_show_what_was_in_the_pages_before(cdb):
+    """S6."""
+    async with Host(
+        Slow(SIZE), FakeKernel(data_size=256 << 10, scatter=random.Random(1)), deadline_s=0.01
+    ) as host:
+        size = host.kernel.free_blocks * BLOCK
+        write = host.kernel.queue(write_16(0, size), bytes((SECRET,)) * size)
+        host.kernel.kick()
+        await host.until(lambda: host.node.waiting)
+        host.node.end()
+        await host.results(write)
+        await host.until(lambda: host.kernel.free_blocks == size // BLOCK)
+        result = await host.run(cdb, in_length=8192)
+        assert result == (BUSY, b"", b"\0")
+
+
+@on_loop
+async def test_a_late_write_keeps_every_byte_of_its_data():
+    async with Host(Slow(SIZE), deadline_s=0.01) as host:
+        assert (await host.run(write_16(0, BLOCK), b"w" * BLOCK)).status == BUSY
+        host.node.end()
+        assert host.node.data[:BLOCK] == b"w" * BLOCK
 
 
 @on_loop
@@ -343,6 +379,66 @@ async def test_late_write_is_answered_busy_and_keeps_its_pages_until_the_chain_l
         await host.until(lambda: not kernel.kept)
         assert host.node.data[:BLOCK] == b"w" * BLOCK
         assert (kernel.free_blocks, host.frontend.kept, kernel.in_ring) == (free, 0, 0)
+
+
+@on_loop
+async def test_a_write_same_that_was_answered_busy_does_not_undo_a_newer_write():
+    """D10."""
+    async with Host(Slow(SIZE), deadline_s=0.01) as host:
+        assert (await host.run(write_same_16(0, 4 << 20), b"O" * 512)).status == BUSY
+        newer = host.kernel.queue(write_16(2 << 20, BLOCK), b"N" * BLOCK)
+        host.kernel.kick()
+        await host.until(lambda: len(host.node.waiting) == 2)
+        host.node.end(1)
+        assert (await host.results(newer))[0].status == GOOD
+        while host.node.waiting:
+            host.node.end()
+        assert host.node.data[2 << 20 : (2 << 20) + BLOCK] == b"N" * BLOCK
+        assert host.node.data[1 << 20 : 4 << 20].count(b"O") == 0
+        await host.until(lambda: not host.kernel.kept)
+
+
+@on_loop
+async def test_an_aborted_compare_and_write_does_not_write_afterwards():
+    """D10."""
+    async with Host(Slow(SIZE), deadline_s=FOREVER_S) as host:
+        kernel = host.kernel
+        first = kernel.queue(compare_and_write(0), bytes(512) + b"1" * 512)
+        kernel.kick()
+        await host.until(lambda: host.node.waiting)
+        kernel.abort([first])
+        kernel.kick()
+        await host.results(first)
+        again = kernel.queue(compare_and_write(0), bytes(512) + b"2" * 512)
+        kernel.kick()
+        while again not in kernel.results:
+            if host.node.waiting:
+                host.node.end()
+            await asyncio.sleep(0)
+        assert kernel.results[again].status == GOOD
+        assert host.node.data[:512] == b"2" * 512
+        await host.until(lambda: not kernel.kept)
+
+
+@on_loop
+async def test_two_devices_of_one_chain_compare_one_after_the_other():
+    """A8."""
+    node = Slow(SIZE)
+    gate = Gate(node)
+    async with Host(gate) as one, Host(gate) as other:
+        first = one.kernel.queue(compare_and_write(0), bytes(512) + b"1" * 512)
+        one.kernel.kick()
+        await one.until(lambda: node.waiting)
+        second = other.kernel.queue(compare_and_write(0), bytes(512) + b"2" * 512)
+        other.kernel.kick()
+        await other.until(lambda: other.frontend.in_flight)
+        while second not in other.kernel.results:
+            if node.waiting:
+                node.end()
+            await asyncio.sleep(0)
+        assert one.kernel.results[first].status == GOOD
+        assert other.kernel.results[second].sense[2] & 0xF == 0xE
+        assert node.data[:512] == b"1" * 512
 
 
 @on_loop

@@ -30,7 +30,7 @@ def test_file_reads_back_what_was_written(tmp_path: Path) -> None:
 
     async def main() -> None:
         backstore = await handler.load("file").open(str(path), HERE)
-        assert (backstore.top.length, backstore.block_size) == (8192, 512)
+        assert (backstore.top.length, backstore.block_size) == (8192, None)
         await settle(backstore.top.write(512, [memoryview(b"x" * 512)]))
         await settle(backstore.top.flush())
         await backstore.close()

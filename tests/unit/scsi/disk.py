@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from tcmu_replication.block.gate import Gate
 from tcmu_replication.block.memory import Memory
 from tcmu_replication.block.node import Node
 from tcmu_replication.frontend.scsi import Runner
@@ -13,6 +14,7 @@ from tcmu_replication.scsi.identity import Identity
 from tcmu_replication.scsi.sense import Sense
 from tcmu_replication.scsi.task import Answer, Task
 from tcmu_replication.scsi.unit import LogicalUnit
+from tcmu_replication.tcmu import ring
 from tcmu_replication.units import MiB
 
 BY_NAME = {command.name: command for command in COMMANDS}
@@ -68,7 +70,7 @@ class Disk:
     ) -> None:
         self.node = node or Memory(length)
         self.unit = LogicalUnit(length, block_size, lambda: IDENTITY, **options)
-        self.runner = Runner(self.node)
+        self.runner = Runner(Gate(self.node))
 
     def outcome(self, name: str, data_out: bytes = b"", in_length: int = 0, **fields: int) -> Answer | Task:
         """What the unit makes of a command."""
@@ -88,6 +90,7 @@ class Disk:
             out,
             [memoryview(data_in)],
             lambda a, filled: ends.append(Result(a, bytes(data_in[:filled]))),
+            ring.Command(0, cdb, [], 0),
         )
         (end,) = ends
         assert data_in[len(end.data) :].count(GUARD) == in_length - len(end.data) or not end.good
