@@ -31,7 +31,8 @@ def free_port() -> int:
 class Worker:
     """`tcmu-replication serve disk0` as `host`, in its own directories below `base`.
 
-    `certificates` is the directory for [tls]; `peer` what the other host's table has instead of a disk.
+    `certificates` is the directory for [tls]; `peer` what the other host's table has instead of a disk;
+    `user`, if it is not this process's, whose the worker is.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Worker:
         peer: dict[str, object] | None = None,
     ):
         self.host = host
+        self.user: int | None = None
         self._certificates = certificates
         self._peer = peer
         self.base = base
@@ -89,10 +91,12 @@ class Worker:
         address.unlink(missing_ok=True)
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notices:
             notices.bind(str(address))
+            if self.user is not None:
+                os.chown(address, self.user, -1)
             notices.settimeout(PATIENCE_S)
             with open(self.log, "ab") as log:
                 self.process = subprocess.Popen(
-                    [*self._command, "serve", "disk0"],
+                    [*_becoming(self.user), *self._command, "serve", "disk0"],
                     stdout=log,
                     stderr=log,
                     env={**os.environ, "NOTIFY_SOCKET": str(address)},
@@ -194,6 +198,14 @@ class Pair:
         """`start` on both, the secondary first."""
         self.beta.cli("start", "disk0")
         self.alpha.cli("start", "disk0")
+
+
+def _becoming(user: int | None) -> list[str]:
+    """What goes before a command that is to be another user's. The interpreter may lie where only root may look."""
+    if user is None:
+        return []
+    look = ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
+    return ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups", *look]
 
 
 def _lines(values: dict[str, object]) -> list[str]:
