@@ -23,7 +23,7 @@ class FileBackstore(Backstore):
     def __init__(self, path: str) -> None:
         self._offload = Offload()
         try:
-            super().__init__(Gate(File(path, offload=self._offload)))
+            super().__init__(Gate(File(path, offload=self._offload)), offload=self._offload)
         except Error:
             self._offload.close()
             raise

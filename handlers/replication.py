@@ -148,7 +148,7 @@ class PairBackstore(Backstore):
         self._qmp_exports = Exports(engine, disk, self._graph, self._emit, self._qmp_tls, link_server)
         commands |= self._graph.commands | self._qmp_jobs.commands | self._qmp_exports.commands
         commands |= blockdev.commands | Human(blockdev).commands
-        super().__init__(engine.top, resource.block_size, commands, resource.serial)
+        super().__init__(engine.top, resource.block_size, commands, resource.serial, offload)
 
     async def listen(self, control: ControlServer) -> None:
         """See `Backstore.listen`."""

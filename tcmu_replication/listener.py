@@ -110,6 +110,11 @@ class Listener:
             raise from_os(error, f"listen on {path}") from error
         self._listen(sock, path)
 
+    def listen_beside(self, other: Listener) -> None:
+        """Take clients of the other's sockets too, on this loop; that of `other` may be stuck. Raises OSError."""
+        for sock in list(other._sockets):
+            self._listen(sock.dup(), None)
+
     def stop(self) -> None:
         """Take no more clients; those that are here stay."""
         for pause in self._pauses:

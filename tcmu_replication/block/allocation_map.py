@@ -47,7 +47,7 @@ from functools import partial
 from tcmu_replication.block import boot
 from tcmu_replication.block.file import File
 from tcmu_replication.block.offload import Offload
-from tcmu_replication.block.pending import Pending, attempt
+from tcmu_replication.block.pending import Pending
 from tcmu_replication.errors import Error, Kind, from_os
 from tcmu_replication.units import BLOCK, round_up
 
@@ -68,6 +68,7 @@ PER_PAGE = PAGE // ENTRY
 HEADER = struct.Struct(f"<8sIIQ{boot.LENGTH}s")
 """Magic, version, bytes per block, bytes of the disk, boot; a CRC-32 of these follows."""
 CHECKSUM = struct.Struct("<I")
+_ENTRY = struct.Struct("=I")
 MAGIC = b"tcmurmap"
 VERSION = 3
 
@@ -136,7 +137,8 @@ class AllocationMap:
             _check_header(found, path, length)
             if self._file.length != file_size(length):
                 raise _refused(path, f"has {self._file.length} bytes instead of {file_size(length)}")
-            self._bytes = mmap.mmap(self._file.fileno(), self._file.length)
+            self._fd = self._file.fileno()
+            self._bytes = mmap.mmap(self._fd, self._file.length)
             self._entries = memoryview(self._bytes)[PAGE:].cast("I")
         except OSError as error:
             self._file.close()
@@ -259,20 +261,33 @@ class AllocationMap:
 
     def mark(self, first: int, last: int, state: int) -> None:
         """Set the range's state, HERE without a place. Raises `Error` (NO_SPACE); never after `prepare`."""
+        if state == ZERO and last - first == 1 and self._safe[first // PER_PAGE]:
+            entry = self._entries[first]
+            self._write(first, _ENTRY.pack(entry | ZERO_FLAG))
+            if entry < ZERO_FLAG:
+                self.zero += 1
+                self.here -= entry != 0
+            return
         for start, end in _by_page(first, last):
             if not self._safe[start // PER_PAGE]:
                 if state == ABSENT:
                     continue
                 self.prepare(start, end)
-            self._uncount(start, end)
             count = end - start
             if state == ZERO:
                 entries = [entry | ZERO_FLAG for entry in self._entries[start:end].tolist()]
-                self.zero += count
             else:
                 entries = [NOWHERE if state == HERE else 0] * count
-                self.here += count if state == HERE else 0
-            self._entries[start:end] = memoryview(array("I", entries))
+            before = self.states(start, end)
+            self._write(start, array("I", entries).tobytes())
+            self.here += (count if state == HERE else 0) - before.count(HERE)
+            self.zero += (count if state == ZERO else 0) - before.count(ZERO)
+
+    def touch(self, block: int) -> None:
+        """Wait here, if at all, for a file system that hangs, and not in the `assign` that follows."""
+        if self._safe[block // PER_PAGE]:
+            at = PAGE + block * ENTRY
+            self._write(block, self._bytes[at : at + ENTRY])
 
     def flush(self) -> Pending | None:
         """As `Node.flush`: every mark made before the call. fdatasync covers stores through the mapping."""
@@ -311,6 +326,20 @@ class AllocationMap:
         self._bytes.close()
         self._file.close()
 
+    def _write(self, first: int, entries: bytes) -> None:
+        """Entries from block `first` on, by a system call.
+
+        A store through the mapping keeps the interpreter for as long as the file system does not let the page
+        be written (fsfreeze, a device that hangs): no other thread could even say so. So where no data has
+        just been written to the same file system, marks begin with this.
+        """
+        try:
+            done = os.pwrite(self._fd, entries, PAGE + first * ENTRY)
+        except OSError as error:
+            raise from_os(error, f"mark in {self.path}") from error
+        if done != len(entries):
+            raise Error(Kind.IO, f"mark in {self.path}: {done} of {len(entries)} bytes were written")
+
     def _uncount(self, first: int, last: int) -> None:
         """The range, in one page of the map, is about to get other states."""
         before = self.states(first, last)
@@ -325,8 +354,11 @@ class AllocationMap:
     def _settle_more(self, named: int, settled: Pending, turn: Pending) -> None:
         """The next step. Not by recursion: there may be thousands."""
         error, pending = turn.error, None
-        if error is None and not self._settle_some(named):
-            error, pending = attempt(self._turn)
+        try:
+            if error is None and not self._settle_some(named):
+                pending = self._turn()
+        except Error as met:
+            error = met
         if pending is None:
             settled.complete(error)
         else:
@@ -335,6 +367,8 @@ class AllocationMap:
     def _settle_some(self, named: int) -> bool:
         """One step, or without an Offload all of them. Whether all that was `named` is settled."""
         left = STEP
+        if self._batches and self._batches[0]:
+            self.touch(self._batches[0][-2])
         while self._batches and self._ended_batches < named:
             batch = self._batches[0]
             while batch and left > 0:

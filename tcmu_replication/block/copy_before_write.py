@@ -343,6 +343,8 @@ class CopyBeforeWrite(Node):
         """Sync the data, mark, sync the marks."""
 
         def mark() -> Pending | None:
+            if batch.stored:
+                self._into.touch(batch.stored[0][0])
             for stored in batch.stored:
                 self._into.mark(*stored)
             batch.marked = True

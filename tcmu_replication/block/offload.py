@@ -12,8 +12,9 @@ import os
 from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
-from threading import Thread
-from typing import Any
+from threading import Thread, get_ident
+from time import monotonic
+from typing import Any, NamedTuple
 
 from tcmu_replication.block.pending import Pending
 from tcmu_replication.errors import Error, Kind, from_os
@@ -23,6 +24,13 @@ BACKGROUND = 10
 
 THREADS = 8
 """So many reads of a disk are under way at a time. Each further one costs the loop more of the interpreter."""
+
+
+class Call(NamedTuple):
+    """A call under way in a thread: since when (time.monotonic), and what it does ("flush /dev/sdb")."""
+
+    since_s: float
+    doing: str
 
 
 class Offload:
@@ -49,6 +57,7 @@ class Offload:
         self._calls: SimpleQueue[tuple[Pending, Callable[[], Any], str] | None] = SimpleQueue()
         self._ended: deque[tuple[Pending, Error | None, Any]] = deque()
         self._told = False
+        self._running: dict[int, Call] = {}
 
     def __call__(self, call: Callable[[], Any], doing: str) -> Pending:
         """Run `call()` in a thread. The Pending gets its value, or its `Error`. On the loop's thread only.
@@ -68,6 +77,10 @@ class Offload:
             thread.start()
         return pending
 
+    def oldest(self) -> Call | None:
+        """What has been under way in a thread for the longest time. From any thread."""
+        return min(list(self._running.values()), default=None)
+
     def close(self) -> None:
         """Wait for the calls that were given, and take no more. Twice is fine."""
         self._closed = True
@@ -79,9 +92,12 @@ class Offload:
     def _work(self) -> None:
         """What each thread does."""
         os.nice(self._niceness)
+        me = get_ident()
         while (given := self._calls.get()) is not None:
             pending, call, doing = given
+            self._running[me] = Call(monotonic(), doing)
             self._ended.append((pending, *_outcome(call, doing)))
+            del self._running[me]
             # Whoever finds it set knows that _tell has not begun to look, and so will see this one.
             if not self._told:
                 self._told = True

@@ -349,6 +349,10 @@ class Overlay(Node):
         else:
             self._map.assign(first, last, 1 + self._claim(offset, length))
 
+    def touch(self, offset: int) -> None:
+        """Before several `mark`s, the first at `offset`: a file system that hangs is met here. Raises `Error`."""
+        self._map.touch(offset // BLOCK)
+
     def abandon(self, offset: int, length: int) -> None:
         """Forget that a range was stored: it will not be marked."""
         if (offset, length) in self._stored:

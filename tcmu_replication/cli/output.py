@@ -89,7 +89,7 @@ def detail(document: dict[str, Any]) -> str:
         f"writes were held {checkpoint['pause-ms']:.1f} ms"
         if checkpoint
         else "none yet",
-        "error": document.get("error") or "none",
+        "error": _error(document) or "none",
         "worker": _worker(document),
     }
     if link["in-flight"]:
@@ -108,6 +108,11 @@ def job_line(job: dict[str, Any]) -> str:
     error = f": {job['error']}" if job.get("error") else ""
     sizes = f"{format_size(done)} of {format_size(whole)}"
     return f"{job['type']} [{bar}] {int(part * 100):3d} %  {sizes}{speed}, {job['status']}{error}"
+
+
+def _error(document: dict[str, Any]) -> str:
+    """What is wrong now comes before what is recorded."""
+    return "; ".join(document[member] for member in ("hangs", "error") if document.get(member))
 
 
 def _worker(document: dict[str, Any]) -> str:
@@ -141,7 +146,7 @@ def _row(document: dict[str, Any]) -> Row:
         str(document["link"]["in-flight"]),
         format_size(dirty),
         jobs or "-",
-        document.get("error") or "-",
+        _error(document) or "-",
     )
 
 

@@ -144,6 +144,7 @@ class Status(Document, frozen=True, kw_only=True):
     """Everything about one resource on one host: what `status --json` prints.
 
     `running` and `status` are QEMU's members of the same name: whether the LUN serves.
+    `hangs` says which call of a disk has not returned, and for how long.
     """
 
     resource: str
@@ -160,6 +161,7 @@ class Status(Document, frozen=True, kw_only=True):
     out_of_sync_bytes: Count = 0
     jobs: list[Job] = []
     error: str | None = None
+    hangs: str | None = None
     last_checkpoint: Checkpoint | None = None
     frontends: list[Frontend] = []
     running: bool = True
@@ -176,6 +178,7 @@ class DeviceStatus(Document, frozen=True, kw_only=True):
     config: str
     size: Count
     frontends: list[Frontend] = []
+    hangs: str | None = None
     running: bool = True
     status: Literal["running"] = "running"
     pid: Count

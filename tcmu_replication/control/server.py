@@ -68,6 +68,7 @@ class Server:
         for name in self._handlers:
             table[name].prepare()
         self._listeners: list[Listener] = []
+        self._operators: Listener | None = None
         self._tcp_port = 0
         self._clients: dict[asyncio.Task[None], tuple[Session, asyncio.StreamWriter]] = {}
         self._throttle = Throttle()
@@ -86,9 +87,18 @@ class Server:
             path.unlink(missing_ok=True)
         except OSError as error:
             raise from_os(error, f"listen at {path}") from error
+        self._operators = self._operators_listener()
+        await self._operators.listen_unix(str(path))
+
+    def listen_beside(self, other: Server) -> None:
+        """On a loop of its own: take the operators of `other`, whose loop is stuck, until `close`. Raises OSError."""
+        assert other._operators is not None
+        self._operators_listener().listen_beside(other._operators)
+
+    def _operators_listener(self) -> Listener:
         listener = Listener("control", lambda sock, name: self._meet_operator(listener, sock))
-        await listener.listen_unix(str(path))
         self._listeners.append(listener)
+        return listener
 
     async def listen_tcp(
         self,

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from tcmu_replication.block.gate import Gate
+from tcmu_replication.block.offload import Offload
 from tcmu_replication.control.schema import DEVICE_COMMANDS, Command, Document, Frontend
 from tcmu_replication.control.server import Handler as CommandHandler
 from tcmu_replication.control.server import Server
@@ -30,7 +31,8 @@ class Backstore:
     Without a block size that of the kernel's backstore counts.
     `commands` are the bodies of control commands, rows of `table`; the worker
     adds query-status and quit where they are missing. `serial` is the unit
-    serial number for frontends that have no other.
+    serial number for frontends that have no other. `offload` has the calls of
+    its disks that may take long.
     """
 
     table: ClassVar[Mapping[str, Command]] = DEVICE_COMMANDS
@@ -41,11 +43,13 @@ class Backstore:
         block_size: int | None = None,
         commands: Mapping[str, CommandHandler] | None = None,
         serial: str | None = None,
+        offload: Offload | None = None,
     ) -> None:
         self.top = top
         self.block_size = block_size
         self.commands = dict(commands or {})
         self.serial = serial
+        self.offload = offload
 
     async def listen(self, control: Server) -> None:
         """The control socket is there: listen where else requests and commands come from. Raises `Error`."""

@@ -19,6 +19,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 import tcmu_replication
 from tcmu_replication.control import lock, schema
 from tcmu_replication.control.qemu_schema import Shutdown
@@ -27,6 +29,7 @@ from tcmu_replication.control.server import Handler as CommandHandler
 from tcmu_replication.control.server import Server
 from tcmu_replication.control.session import Session
 from tcmu_replication.daemon import handler, places
+from tcmu_replication.daemon.guardian import Guardian
 from tcmu_replication.daemon.handler import Backstore
 from tcmu_replication.daemon.places import Context
 from tcmu_replication.errors import Error, Kind
@@ -93,6 +96,7 @@ class Worker:
         self._ended = asyncio.Event()
         self._failure: Error | None = None
         self._control: Server | None = None
+        self._guardian: Guardian | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
@@ -105,9 +109,12 @@ class Worker:
         if (pid := lock.holder(path)) is not None:
             raise Error(Kind.CONFLICT, f"{self.name} is already served by process {pid}")
         self.backstore = await handler.load(self.subtype).open(self.config, self.context)
-        control = self._control = Server(self._commands(self.backstore), self.backstore.table)
+        commands, table = self._commands(self.backstore), self.backstore.table
+        control = self._control = Server(commands, table)
         try:
             await control.listen_unix(path)
+            self._guardian = Guardian(self.name, self.frontends, control, commands, table, self._defect)
+            self._guardian.start()
             await self.backstore.listen(control)
             await self._find_devices(path)
             systemd.notify(READY=1)
@@ -129,6 +136,8 @@ class Worker:
             with suppress(Error):
                 await frontend.stop()
         await backstore.close()
+        if self._guardian is not None:
+            await self._guardian.stop()
         await control.close()
 
     def _defect(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -278,7 +287,7 @@ class Worker:
             )
             for device, frontend in self.frontends.items()
         ]
-        return self.backstore.status(frontends) or schema.DeviceStatus(
+        status = self.backstore.status(frontends) or schema.DeviceStatus(
             device=self.name,
             subtype=self.subtype,
             config=self.config,
@@ -287,6 +296,8 @@ class Worker:
             pid=os.getpid(),
             version=tcmu_replication.__version__,
         )
+        hangs = self._guardian.hangs(self.backstore.offload) if self._guardian is not None else None
+        return status if hangs is None else msgspec.structs.replace(status, hangs=hangs)
 
     async def _attach_device(self, arguments: schema.DeviceArguments, session: Session) -> None:
         await self.attach(arguments.device)

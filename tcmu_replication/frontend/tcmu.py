@@ -24,6 +24,12 @@ commands that a task-management entry names are answered in the same way at
 once. A kernel without KEEP_BUF (before 5.15) gets the answer only when the
 chain lets go.
 
+A disk that hangs. A system call of the chain may not return, and the loop's
+thread is stuck in it. Then another thread calls `stand_in` again and again: it
+takes what is new in the ring and answers what is overdue. What the chain had
+not begun by then is never begun. The `Baton` keeps the two apart: whatever
+touches the ring here holds it, and no call of the chain is made with it.
+
 An exception that is no `Error` is a defect. It goes to the loop's exception
 handler, which should end the process: the next one resets the ring.
 """
@@ -41,6 +47,7 @@ from tcmu_replication.block.gate import Gate
 from tcmu_replication.block.offload import Offload
 from tcmu_replication.block.pending import Pending, settle
 from tcmu_replication.errors import Error, Kind
+from tcmu_replication.frontend.baton import Baton
 from tcmu_replication.frontend.scsi import Runner
 from tcmu_replication.scsi import sense
 from tcmu_replication.scsi.command import Data
@@ -112,6 +119,8 @@ class TcmuFrontend:
         self._switches = Offload(loop, threads=1)  # configfs can make its caller wait; in order
         self._ring: Ring | None = None
         self._kept: set[Command] = set()
+        self._baton = Baton()
+        self._fetched: list[Command] = []  # by the thread that stands in; the chain has not seen them
         self._serving = False
         self._publishing = False
         self._timer: asyncio.TimerHandle | None = None
@@ -159,12 +168,27 @@ class TcmuFrontend:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._settled(), limit_s)
             unfinished = self.in_flight + self.kept
-            if self._ring is not None:
-                self._abandon(self._ring, list(self._ring.outstanding.values()))
+            with self._baton:
+                if self._ring is not None:
+                    self._abandon(self._ring, list(self._ring.outstanding.values()))
+            self._publish()
         finally:
             self._close()
             self._switches.close()
         return unfinished
+
+    def stand_in(self) -> int:
+        """From another thread, while the loop's does not turn: take what is new, answer BUSY what is overdue.
+
+        Returns how many commands it answered. Does nothing while the loop's thread is at the ring.
+        """
+        if not self._baton.take():
+            return 0
+        try:
+            ring = self._ring
+            return 0 if ring is None or self._recovery is not None else self._stand_in(ring)
+        finally:
+            self._baton.give_back()
 
     def resize(self, length: int) -> None:
         """The disk has `length` bytes now; initiators are told. Raises ValueError below one block."""
@@ -182,9 +206,11 @@ class TcmuFrontend:
     async def _take_up(self) -> None:
         await self._switch(self._backstore.block, "block")
         await self._switch(self._backstore.reset_ring, "reset the ring of")
-        if self._ring is not None:
-            self._ring.release()
-        self._ring = Ring(self.device.memory)
+        with self._baton:
+            if self._ring is not None:
+                self._ring.release()
+            self._fetched.clear()
+            self._ring = Ring(self.device.memory)
         if self._ring.capabilities & Capability.TASK_MANAGEMENT:
             await self._switch(self._backstore.notify_task_management, "configure")
         self._loop.add_reader(self.device.fd, self._wake)
@@ -211,26 +237,36 @@ class TcmuFrontend:
         if ring is None or self._recovery is not None:
             return
         self._serving = True
+        baton = self._baton
         try:
             for _ in range(_ROUNDS):
+                baton.held = True
+                if baton.lent:
+                    baton.wait()
                 commands = ring.fetch()
+                baton.held = False
+                if self._fetched:
+                    self._run_fetched()
                 if commands:
-                    self._run(commands)
+                    self._run(commands, self._loop.time() + self._deadline_s)
                 self._publish()
                 if ring.aborts:
-                    self._abort(ring)
+                    with baton:
+                        self._abort(ring)
+                    self._publish()
                 if not commands or self._ring is None:
                     break
             else:
                 self._loop.call_soon(self._serve)
         except Error as error:
+            baton.held = False
+            self._run_fetched()
             self._recovery = self._loop.create_task(self._recover(error))
         finally:
-            self._serving = False
+            self._serving = baton.held = False
         self._watch()
 
-    def _run(self, commands: list[Command]) -> None:
-        deadline_s = self._loop.time() + self._deadline_s
+    def _run(self, commands: list[Command], deadline_s: float) -> None:
         command_of, run, finish = self.unit.command, self._runner.run, self._finish
         self.counters.batches += 1
         self.counters.commands += len(commands)
@@ -248,14 +284,29 @@ class TcmuFrontend:
                 finish(command, outcome, 0)  # type: ignore[arg-type]
         self.node.unplug()
 
+    def _run_fetched(self) -> None:
+        """Run what the thread that stood in has taken from the ring; what came later comes after it."""
+        with self._baton:
+            fetched, self._fetched = self._fetched, []
+        if fetched:
+            self._run(fetched, min(command.deadline_s for command in fetched))
+
     def _refuse(self, command: Command) -> None:
+        if command.abandoned:  # while an earlier one of its batch was stuck
+            self._let_go(command)
+            return
         self.counters.malformed += 1
         log.error("%s: a malformed command: %s", self.device.name, command.fault)
         self._finish(command, _MALFORMED, 0)
 
     def _finish(self, command: Command, answer: Answer, filled: int) -> None:
         """The end of a command: `filled` bytes of its Data-In are there, or the answer brings its own."""
+        baton = self._baton
+        baton.held = True
+        if baton.lent:
+            baton.wait()
         if command.abandoned:
+            baton.held = False
             self._let_go(command)
             return
         ring = self._ring
@@ -272,6 +323,7 @@ class TcmuFrontend:
         elif command.length:
             read_len = _nothing(command)
         ring.complete(command.cmd_id, status, sense_data, read_len)
+        baton.held = False
         if not self._serving and not self._publishing:
             self._publishing = True
             self._loop.call_soon(self._publish)
@@ -279,10 +331,16 @@ class TcmuFrontend:
     def _publish(self) -> None:
         """Answer everything that ended since the last time."""
         self._publishing = False
+        baton = self._baton
+        baton.held = True
+        if baton.lent:
+            baton.wait()
         ring = self._ring
+        shown = ring is not None and ring.publish()
+        baton.held = False
         if ring is None:
             return
-        if ring.publish():
+        if shown:
             try:
                 self.device.wake()
             except Error:
@@ -295,8 +353,9 @@ class TcmuFrontend:
 
     def _watch(self) -> None:
         """Be called at the deadline of the oldest command, if any is under way."""
-        if self._timer is None and self._ring is not None:
-            first_s = min((c.deadline_s for c in self._ring.outstanding.values()), default=math.inf)
+        if self._timer is None and self._ring is not None and self._ring.outstanding:
+            with self._baton:
+                first_s = min((c.deadline_s for c in self._ring.outstanding.values()), default=math.inf)
             if first_s != math.inf:
                 self._timer = self._loop.call_at(first_s, self._overdue)
 
@@ -306,12 +365,14 @@ class TcmuFrontend:
         if ring is None:
             return
         now_s = self._loop.time()
-        late = [command for command in ring.outstanding.values() if command.deadline_s <= now_s]
-        if late:
+        with self._baton:
+            late = [command for command in ring.outstanding.values() if command.deadline_s <= now_s]
             self.counters.late += len(late)
+            self._abandon(ring, late)
+        if late:
             limit_s = self._deadline_s
             log.warning("%s: %d commands took longer than %g s", self.device.name, len(late), limit_s)
-            self._abandon(ring, late)
+            self._publish()
         self._watch()
 
     def _abort(self, ring: Ring) -> None:
@@ -323,7 +384,7 @@ class TcmuFrontend:
         self._abandon(ring, aborted)
 
     def _abandon(self, ring: Ring, commands: list[Command]) -> None:
-        """Answer BUSY while the chain still has the buffers, if the kernel can keep them."""
+        """Answer BUSY while the chain still has the buffers, if the kernel can keep them. With the baton."""
         if not ring.capabilities & Capability.KEEP_BUFFERS:
             for command in commands:
                 command.deadline_s = math.inf
@@ -331,13 +392,43 @@ class TcmuFrontend:
         for command in commands:
             command.abandoned = True
             self._kept.add(command)
-            read_len = 0
-            if command.length:
-                # Data-Out under way must be left alone, and the kernel copies nothing of it. Data-In that the chain
-                # still reads into may be written: its first byte is zero then, or what was asked for.
-                read_len = _nothing(command) if command.cdb[0] not in _DATA_OUT else 1
-            ring.complete(command.cmd_id, sense.Status.BUSY, read_len=read_len, keep=True)
-        self._publish()
+            ring.complete(command.cmd_id, sense.Status.BUSY, read_len=_hidden(command), keep=True)
+
+    def _stand_in(self, ring: Ring) -> int:
+        """A step in the other thread, with the baton. Nothing that belongs to the loop is touched here."""
+        now_s = self._loop.time()
+        try:
+            commands = ring.fetch()
+        except Error:  # the loop's thread will meet it too
+            commands = []
+        self._fetched += commands
+        named = {cmd_id for abort in ring.aborts for cmd_id in abort.cmd_ids}
+        ring.aborts.clear()
+        late, aborted = [], []
+        for command in ring.outstanding.values():
+            if not command.deadline_s:  # new, or behind the one that is stuck
+                command.deadline_s = now_s + self._deadline_s
+            if command.cmd_id in named:
+                aborted.append(command)
+            elif command.deadline_s <= now_s:
+                late.append(command)
+        self.counters.late += len(late)
+        self.counters.aborted += len(aborted)
+        waiting = set(self._fetched)
+        begun = []
+        for command in late + aborted:
+            if command in waiting:
+                waiting.remove(command)
+                ring.complete(command.cmd_id, sense.Status.BUSY, read_len=_hidden(command))
+            else:
+                command.fault = "answered before it began"  # if it has not: the chain is not to see it
+                begun.append(command)
+        self._fetched = [command for command in self._fetched if command in waiting]
+        self._abandon(ring, begun)
+        if ring.publish():
+            with contextlib.suppress(Error):  # the device went: the loop's thread will see it
+                self.device.wake()
+        return len(late) + len(aborted)
 
     def _let_go(self, command: Command) -> None:
         """The chain is through with a command that was answered before."""
@@ -389,11 +480,12 @@ class TcmuFrontend:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        ring, self._ring = self._ring, None
-        if ring is not None:
-            for command in ring.outstanding.values():
-                command.abandoned = True
-            ring.release()
+        with self._baton:
+            ring, self._ring = self._ring, None
+            if ring is not None:
+                for command in ring.outstanding.values():
+                    command.abandoned = True
+                ring.release()
         self._rest()
         self.device.close()
 
@@ -408,6 +500,15 @@ def _nothing(command: Command) -> int:
     """The read_len of a Data-In area of which nothing may be seen: one byte (0 means all), which is zero."""
     command.buffers[0][0] = 0
     return 1
+
+
+def _hidden(command: Command) -> int:
+    """The read_len of an answer that comes before the command's end."""
+    if not command.length:
+        return 0
+    # Data-Out under way must be left alone, and the kernel copies nothing of it. Data-In that the chain
+    # still reads into may be written: its first byte is zero then, or what was asked for.
+    return 1 if command.cdb[0] in _DATA_OUT else _nothing(command)
 
 
 def _fill(buffers: list[memoryview], data: bytes) -> int:
