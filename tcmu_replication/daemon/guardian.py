@@ -13,7 +13,7 @@ When it does not, this thread
 - tells the manager that the worker lives, while SIGKILL could not end it.
 
 It knows a hang from a busy processor by what the kernel says: the loop's thread
-is in one and the same wait. The chain is not touched from here. When the disk
+does not run, and has run nothing of its own since the last look. The chain is not touched from here. When the disk
 goes on the loop goes on where it was.
 """
 
@@ -166,7 +166,7 @@ class Guardian:
             self._answered += frontend.stand_in()
         before, self._seen = self._seen, task.look(self._task)
         now = self._seen
-        if now is None or now.runs or (self._hang is None and now != before):
+        if now is None or now.runs or before is None or (self._hang is None and now.used != before.used):
             return
         began = self._hang is None
         doing = _doing(sys._current_frames().get(self._thread))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -78,6 +79,25 @@ def test_primary_whose_disk_hangs_says_so_and_refuses_commands(pair: Pair, tmp_p
         pair.alpha.cli("checkpoint", "disk0")
         pair.beta.io("read -P 0x22 0 1M")
         assert pair.alpha.disk.read_bytes() == pair.beta.disk.read_bytes()
+
+
+def test_manager_hears_that_a_worker_lives_which_it_could_not_kill(pair: Pair, tmp_path: Path) -> None:
+    with FreezingDisk(tmp_path, pair.alpha.disk) as disk, pair:
+        address = pair.alpha.directory / "notify"
+        address.unlink()
+        with (
+            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager,
+            contextlib.ExitStack() as meanwhile,
+            frozen(disk),
+        ):
+            manager.bind(str(address))
+            manager.settimeout(PATIENCE_S)
+            meanwhile.enter_context(io(pair.alpha, "write 0 1M"))
+            said = manager.recv(4096).decode().splitlines()
+            while "STATUS" not in " ".join(said):  # it may have something else to say
+                said = manager.recv(4096).decode().splitlines()
+            assert "WATCHDOG=1" in said
+            assert f"write {pair.alpha.disk}" in said[-1]
 
 
 @pytest.mark.parametrize("durable", [True, False])

@@ -8,7 +8,7 @@ import threading
 from tcmu_replication.host import task
 
 
-def test_thread_that_waits_is_seen_in_one_and_the_same_wait() -> None:
+def test_thread_that_waits_has_run_nothing_of_its_own_since() -> None:
     wait, go = os.pipe()
     numbers: list[int] = []
 
