@@ -20,6 +20,7 @@ goes on the loop goes on where it was.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import sys
 import threading
@@ -99,20 +100,23 @@ class Guardian:
         self._stand_in: Server | None = None
         self._under_way = 0
         self._answered = 0
-        self._over = threading.Event()
+        self._own_loop: asyncio.AbstractEventLoop | None = None
+        self._over = asyncio.Event()  # on that loop
         self._guard = threading.Thread(target=self._main, name="guardian", daemon=True)
 
     def start(self) -> None:
         """Watch from now on, until `stop`."""
         self._turn()
+        self._own_loop = asyncio.new_event_loop()
         self._guard.start()
 
     async def stop(self) -> None:
         """End the thread. Twice is fine."""
-        self._over.set()
         if self._turning is not None:
             self._turning.cancel()
-        if self._guard.is_alive():
+        if self._own_loop is not None and self._guard.is_alive():
+            with contextlib.suppress(RuntimeError):  # it has ended by itself
+                self._own_loop.call_soon_threadsafe(self._over.set)
             await asyncio.to_thread(self._guard.join)
 
     @property
@@ -140,13 +144,17 @@ class Guardian:
 
     def _main(self) -> None:
         try:
-            asyncio.run(self._watch())
+            with asyncio.Runner(loop_factory=self._loop_of_its_own) as runner:
+                runner.run(self._watch())
         except Exception as error:
             self._defect(self._loop, {"message": "the guardian failed", "exception": error})
 
+    def _loop_of_its_own(self) -> asyncio.AbstractEventLoop:
+        assert self._own_loop is not None
+        return self._own_loop
+
     async def _watch(self) -> None:
-        while not self._over.is_set():
-            await asyncio.sleep(TURN_S)
+        while not await self._is_over():
             self._look()
             if self.hang is not None and self._stand_in is None:
                 self._take_connections()
@@ -154,6 +162,12 @@ class Guardian:
                 await self._end_connections()
         if self._stand_in is not None:
             await self._end_connections()
+
+    async def _is_over(self) -> bool:
+        """Sleep, until the next look or the end."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._over.wait(), TURN_S)
+        return self._over.is_set()
 
     def _look(self) -> None:
         """How is the loop? Do for its rings what it does not."""
