@@ -45,6 +45,7 @@ from tcmu_replication.nbd.uri import Tcp, Unix
 from tcmu_replication.replication.epochs import Epochs
 from tcmu_replication.replication.peer import ControlPeer
 from tcmu_replication.replication.primary import Peer, Primary
+from tcmu_replication.replication.protection import Facts, judge
 from tcmu_replication.replication.qemu_peer import QemuPeer
 from tcmu_replication.replication.secondary import Secondary
 from tcmu_replication.replication.stages import Mode, Stage
@@ -114,6 +115,7 @@ class PairBackstore(Backstore):
 
     table = schema.COMMANDS
     engine: Primary | Secondary
+    _peer_name: str
 
     def __init__(
         self,
@@ -248,7 +250,10 @@ class PairBackstore(Backstore):
             )
             frontends = [*frontends, lun]
         serves = engine.mode is Mode.PRIMARY or engine.stage is not Stage.NONE
+        facts = self._facts()
+        comparing = facts.comparing
         return schema.Status(
+            protection=schema.Protection(**judge(facts)._asdict()),
             running=serves,
             status="running" if serves else "prelaunch",
             resource=self.resource.name,
@@ -264,11 +269,37 @@ class PairBackstore(Backstore):
             overlays=self._overlays(),
             out_of_sync_bytes=self._out_of_sync(),
             jobs=self._jobs(),
-            error=engine.machine.error,
+            error=facts.error,
+            error_since=facts.error_since,
+            last_forwarded=facts.last_forwarded_at,
+            outdated_since=facts.outdated_since,
+            not_ready=facts.not_ready,
+            comparing=None if comparing is None else schema.Progress(done=comparing[0], total=comparing[1]),
             last_checkpoint=self._last_checkpoint(),
+            checkpoint_under_way_since=facts.checkpoint_under_way_since,
             frontends=frontends,
             pid=os.getpid(),
             version=tcmu_replication.__version__,
+        )
+
+    def _facts(self) -> Facts:
+        """What this end knows of the pair's protection."""
+        engine, link = self.engine, self._link()
+        job = next(iter(self._jobs()), None)
+        return Facts(
+            name=self.resource.name,
+            host=self.host,
+            role=engine.mode.value,
+            peer=self._peer_name,
+            stage=engine.stage,
+            link_state=link.state,
+            link_since=link.since,
+            link_reason=link.reason,
+            peer_heard_at=link.heard,
+            out_of_sync_bytes=self._out_of_sync(),
+            error=engine.machine.error,
+            job=None if job is None else f"{job.type} {100 * job.offset // max(1, job.length)} %",
+            link_guard="bare" if self.resource.tls is None else "tls",
         )
 
     def _last_checkpoint(self) -> schema.Checkpoint | None:
@@ -302,6 +333,7 @@ class PrimaryBackstore(PairBackstore):
         mine = resource.host(host)
         self._peer_name, theirs = resource.peer(host)
         self._since = _now()
+        self._detached_since: str | None = None
         link = resource.link
         self._address = Tcp(theirs.address, link.port) if link.socket is None else Unix(link.socket)
         self._client_tls = self._tls(self._peer_name, theirs.address, server_side=False)
@@ -366,6 +398,8 @@ class PrimaryBackstore(PairBackstore):
 
     def _child_failed(self, failure: Failure) -> None:
         """QEMU's events for a child of the mirror, in sectors of 512 bytes."""
+        if self._detached_since is None and self.engine.mirror.detached:
+            self._detached_since = _now()
         start = failure.offset // 512
         names = self._replica.names
         replica = failure.child if names is None else names.root
@@ -406,6 +440,9 @@ class PrimaryBackstore(PairBackstore):
 
     def _out_of_sync(self) -> int:
         return self.engine.out_of_sync_bytes
+
+    def _facts(self) -> Facts:
+        return super()._facts()._replace(removed=self.engine.removed, detached_since=self._detached_since)
 
 
 class SecondaryBackstore(PairBackstore):

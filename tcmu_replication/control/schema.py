@@ -101,7 +101,10 @@ class Outcome(Document, frozen=True, kw_only=True):
 
 
 class Link(Document, frozen=True, kw_only=True):
-    """The link to the peer; `since` is when it came into this state, `reason` why if it is not connected."""
+    """The link to the peer; `since` is when it came into this state, `reason` why if it is not connected.
+
+    `heard` is when the peer was last heard, as far as that is noted.
+    """
 
     state: Literal["none", "listening", "connecting", "connected", "waiting", "lost"] = "none"
     peer: str = ""
@@ -109,6 +112,27 @@ class Link(Document, frozen=True, kw_only=True):
     in_flight_bytes: Count = 0
     since: str | None = None
     reason: str | None = None
+    heard: str | None = None
+
+
+class Protection(Document, frozen=True, kw_only=True):
+    """Whether every write is on both hosts before it is acknowledged, in words, since when, and what to do.
+
+    `level` is finer: not-ready if the LUN answers NOT READY, failed if a disk has failed.
+    """
+
+    protected: bool
+    level: Literal["protected", "unprotected", "not-ready", "failed"]
+    words: str
+    since: str | None = None
+    advice: str | None = None
+
+
+class Progress(Document, frozen=True, kw_only=True):
+    """Bytes `done` of `total`."""
+
+    done: Count
+    total: Count
 
 
 class Overlays(Document, frozen=True, kw_only=True):
@@ -145,9 +169,14 @@ class Status(Document, frozen=True, kw_only=True):
 
     `running` and `status` are QEMU's members of the same name: whether the LUN serves.
     `hangs` says which call of a disk has not returned, and for how long.
+    `last_forwarded` is about when the last forwarded write came; the secondary misses
+    what was written since `outdated_since`; `error_since` is when `error` was recorded;
+    `not_ready` is why the LUN answers NOT READY; `comparing` is how far the comparison
+    of both disks is that a start begins.
     """
 
     resource: str
+    protection: Protection
     host: str
     mode: Literal["primary", "secondary"]
     stage: StageName
@@ -161,8 +190,14 @@ class Status(Document, frozen=True, kw_only=True):
     out_of_sync_bytes: Count = 0
     jobs: list[Job] = []
     error: str | None = None
+    error_since: str | None = None
+    last_forwarded: str | None = None
+    outdated_since: str | None = None
+    not_ready: str | None = None
+    comparing: Progress | None = None
     hangs: str | None = None
     last_checkpoint: Checkpoint | None = None
+    checkpoint_under_way_since: str | None = None
     frontends: list[Frontend] = []
     running: bool = True
     status: Literal["running", "prelaunch"] = "running"

@@ -19,6 +19,7 @@ PURE = [
     "nbd.transmission",
     "nbd.uri",
     "tcmu.layout",
+    "replication.protection",
     "replication.stages",
     "control.framing",
     "control.session",

@@ -6,12 +6,17 @@ from typing import Any
 
 from tcmu_replication.control import schema
 
+PROTECTED = schema.Protection(
+    protected=True, level="protected", words="every write is here", since="2026-01-02T03:00:00+00:00"
+)
+
 
 def status(**changes: Any) -> schema.Status:
     """A running secondary with something in every place."""
     return schema.Status(
         **{
             "resource": "disk0",
+            "protection": PROTECTED,
             "host": "beta",
             "mode": "secondary",
             "stage": "running",
