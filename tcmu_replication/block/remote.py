@@ -20,10 +20,10 @@ import asyncio
 import enum
 from collections.abc import Awaitable, Callable
 
-from tcmu_replication.block.buffers import part, size, zeroes
+from tcmu_replication.block.buffers import size
 from tcmu_replication.block.node import Buffers, Extent, Node
-from tcmu_replication.block.pending import Pending, gather
-from tcmu_replication.block.remote_queue import Queue, Request
+from tcmu_replication.block.pending import Pending
+from tcmu_replication.block.remote_queue import Queue, Request, unaligned
 from tcmu_replication.errors import Error, Kind
 from tcmu_replication.nbd.client import Session
 from tcmu_replication.nbd.connect import connect
@@ -39,11 +39,8 @@ LOST_PAUSE_S = 5.0
 """Pauses between attempts to connect double from the first to the second of these while requests wait,
 and on to the third when they do not."""
 
-_SPAN = 1 * GiB
-"""The longest zero, discard or block status of one request: they carry no data, but 32 bits of length."""
-
-_LEAST = TransmissionFlag.HAS_FLAGS | TransmissionFlag.SEND_FLUSH
-"""What a server must be able to do that is not asked before requests are made."""
+_STATUS = 1 * GiB
+"""The longest block status of one request: it has 32 bits for the length."""
 
 
 class State(enum.Enum):
@@ -103,11 +100,12 @@ class Remote(Node):
         self._verify = verify
         self._on_state = on_state
         self._agreement: Agreement | None = None
-        self._flags = TransmissionFlag(0)
         self._session: Session | None = None
         self._queue = Queue(max_in_flight)
         self._patience: asyncio.TimerHandle | None = None
         self._deadline: float | None = None
+        self._flush_owed = False
+        self._flushing: Pending | None = None
         self._pause_s = 0.0
         self._task: asyncio.Task[None] | None = None
 
@@ -120,6 +118,14 @@ class Remote(Node):
     def in_flight_bytes(self) -> int:
         """The length of those, together."""
         return self._queue.in_flight_bytes
+
+    @property
+    def flush_owed(self) -> bool:
+        """Whether writes that the server has taken wait there for a flush, which failed here for want of a connection.
+
+        It is the first request of the next connection, and one that it fails on does not last.
+        """
+        return self._flush_owed
 
     # The life of the connection
 
@@ -153,9 +159,7 @@ class Remote(Node):
         """
         assert self._agreement is None, "open once"
         assert self._expected is not None, "the length is not known before the connection"
-        # What every server has; one that has less is refused by `_check`.
-        self._agreement = Agreement(self._expected, _LEAST, False, None)
-        self._flags = _LEAST
+        self._flush_owed = True  # whoever was connected before us may have left that
         self._lost(Error(Kind.PEER_LOST, "not connected yet"))
 
     def close(self) -> None:
@@ -194,7 +198,6 @@ class Remote(Node):
             sock.close()
             raise Error(Kind.PEER_LOST, f"{self._who()} could not be verified: {error!r}") from error
         self._agreement = agreement
-        self._flags = agreement.flags
         self.length = agreement.length
         self._session = Session(
             sock,
@@ -209,8 +212,22 @@ class Remote(Node):
             self._patience = None
         if not self._queue:
             self._deadline = None
+        self._pay_flush()
         self._set_state(State.CONNECTED, "")
         self.unplug()
+
+    def _pay_flush(self) -> None:
+        """Send the flush that is owed before all else. What comes behind need not wait for its end."""
+        if self._flush_owed and self._flushing is None:
+            self._flushing = self._queue.add(Request(self._queue, Command.FLUSH, 0, 0), first=True)
+            self._flushing.then(self._flush_paid)
+
+    def _flush_paid(self, flushed: Pending) -> None:
+        self._flushing = None
+        self._flush_owed = flushed.error is not None
+        if flushed.error is not None and self.state is State.CONNECTED:
+            # A server that cannot keep what it has taken is as good as none.
+            self._lost(Error(Kind.PEER_LOST, f"the flush that it was owed: {flushed.error.detail}"))
 
     def _check(self, new: Agreement) -> None:
         """Raise unless the export is what was asked for and no less than it was before."""
@@ -246,6 +263,7 @@ class Remote(Node):
             self._set_state(State.WAITING, reason)
             self._patience = loop.call_later(left, self._give_up)
         else:
+            self._flush_owed = True
             self._set_state(State.LOST, reason)
             self._queue.fail_all(Error(error.kind, reason))
         if self.state is not State.CLOSED:
@@ -253,6 +271,7 @@ class Remote(Node):
 
     def _give_up(self) -> None:
         self._patience = None
+        self._flush_owed = True
         self._set_state(State.LOST, self.reason)
         self._queue.fail_all(Error(Kind.PEER_LOST, self.reason))
 
@@ -292,7 +311,7 @@ class Remote(Node):
 
     def read(self, offset: int, buffers: Buffers) -> Pending | None:
         """See `Node.read`."""
-        return self._data(Command.READ, offset, buffers, 0)
+        return self._add(Command.READ, offset, size(buffers), buffers)
 
     def fetch(self, offset: int, length: int) -> memoryview:
         """A remote disk cannot be read at once: raises Error UNSUPPORTED."""
@@ -300,30 +319,20 @@ class Remote(Node):
 
     def write(self, offset: int, buffers: Buffers, fua: bool = False) -> Pending | None:
         """See `Node.write`."""
-        flags, flush = self._fua(fua)
-        return self._data(Command.WRITE, offset, buffers, flags, flush)
+        return self._add(Command.WRITE, offset, size(buffers), buffers, CommandFlag.FUA if fua else 0)
 
     def zero(self, offset: int, length: int, fua: bool = False, unmap: bool = True) -> Pending | None:
         """See `Node.zero`."""
-        if not self._flags & TransmissionFlag.SEND_WRITE_ZEROES:
-            return self.write(offset, zeroes(length), fua)
-        flags, flush = self._fua(fua)
-        if not unmap:
-            flags |= CommandFlag.NO_HOLE
-        return self._spans(Command.WRITE_ZEROES, offset, length, flags, flush)
+        flags = (CommandFlag.FUA if fua else 0) | (0 if unmap else CommandFlag.NO_HOLE)
+        return self._add(Command.WRITE_ZEROES, offset, length, (), flags)
 
     def discard(self, offset: int, length: int) -> Pending | None:
         """See `Node.discard`."""
-        if not self._flags & TransmissionFlag.SEND_TRIM:
-            return None
-        return self._spans(Command.TRIM, offset, length, 0, False)
+        return self._add(Command.TRIM, offset, length)
 
     def flush(self) -> Pending | None:
         """See `Node.flush`."""
-        if not self._flags & TransmissionFlag.SEND_FLUSH:
-            return None
-        self._admit(0, 0)
-        return self._queue.add(Request(self._queue, Command.FLUSH, 0, 0))
+        return self._add(Command.FLUSH, 0, 0)
 
     def extents(self, offset: int, length: int) -> list[Extent]:
         """All data: the server cannot be asked without waiting; `block_status` asks it."""
@@ -335,68 +344,31 @@ class Remote(Node):
         They begin at `offset` and may end earlier than asked. A server without block status
         has only data.
         """
-        self._admit(offset, length)
-        if self._agreement is None or self._agreement.allocation_id is None:
-            known = Pending()
-            known.complete(value=self.extents(offset, length))
-            return known
-        return self._queue.add(Request(self._queue, Command.BLOCK_STATUS, offset, min(length, _SPAN)))
+        pending = self._add(Command.BLOCK_STATUS, offset, min(length, _STATUS))
+        assert pending is not None
+        return pending
 
     def unplug(self) -> None:
         """Send what was gathered, as far as it may be in flight now."""
         if self._session is not None and self._queue:
             self._queue.send(self._session)
 
-    def _fua(self, wanted: bool) -> tuple[int, bool]:
-        """The command flag, and whether a flush must follow instead."""
-        if not wanted:
-            return 0, False
-        if self._flags & TransmissionFlag.SEND_FUA:
-            return CommandFlag.FUA, False
-        return 0, bool(self._flags & TransmissionFlag.SEND_FLUSH)
-
-    def _admit(self, offset: int, length: int) -> None:
-        """Raise unless a request may be made now."""
+    def _add(
+        self, command: Command, offset: int, length: int, buffers: Buffers = (), flags: int = 0
+    ) -> Pending | None:
+        """Gather a request, if it may be made now: raises if not."""
         if self.state is State.LOST:
             raise Error(Kind.PEER_LOST, self.reason)
-        agreement = self._agreement
-        if self.state is State.CLOSED or agreement is None:
+        if self.state in (State.CLOSED, State.CONNECTING):
             raise Error(Kind.INVALID_STATE, f"{self._who()} is {self.state.value}")
-        if agreement.minimum > 1 and (offset % agreement.minimum or length % agreement.minimum):
-            raise Error(
-                Kind.UNALIGNED,
-                f"{self._who()} takes blocks of {agreement.minimum} bytes only",
-                offset=offset,
-                length=length,
-            )
-
-    def _data(
-        self, command: Command, offset: int, buffers: Buffers, flags: int, flush: bool = False
-    ) -> Pending | None:
-        length = size(buffers)
-        self._admit(offset, length)
-        if not length:
+        agreement = self._agreement
+        if agreement is not None and agreement.minimum > 1:
+            refused = unaligned(agreement, offset, length)
+            if refused is not None:
+                raise refused
+        if not length and command != Command.FLUSH:
             return None
-        assert self._agreement is not None
-        step = self._agreement.maximum
-        if length <= step:
-            return self._queue.add(Request(self._queue, command, offset, length, buffers, flags, flush))
-        requests = []
-        for start in range(0, length, step):
-            count = min(step, length - start)
-            views = part(buffers, start, count)
-            requests.append(Request(self._queue, command, offset + start, count, views, flags, flush))
-        return gather([self._queue.add(request) for request in requests])
-
-    def _spans(self, command: Command, offset: int, length: int, flags: int, flush: bool) -> Pending | None:
-        self._admit(offset, length)
-        parts = [(start, min(_SPAN, length - start)) for start in range(0, length, _SPAN)]
-        return gather(
-            [
-                self._queue.add(Request(self._queue, command, offset + start, count, (), flags, flush))
-                for start, count in parts
-            ]
-        )
+        return self._queue.add(Request(self._queue, command, offset, length, buffers, flags))
 
     def _answered(self) -> None:
         """A batch of replies is in: the connection is good, and there is room for more."""

@@ -23,6 +23,9 @@ from tcmu_replication.block.pending import Pending, after, attempt, gather
 from tcmu_replication.errors import Error, Kind
 from tcmu_replication.units import BLOCK, round_down
 
+_NOT_REACHED = {Kind.PEER_LOST, Kind.CANCELLED, Kind.INVALID_STATE}
+"""What a remote node says of a request that has no answer: lost, hung up on, closed."""
+
 
 class Closed(Node):
     """Answers every request with an I/O error, as the filter does where the table says EIO."""
@@ -60,6 +63,10 @@ class Forward(Node):
     `missed(offset, length, error)` is told of each range that the peer did not
     get. While `alone` is false such a failure is answered with success; a mirror
     that has lost its own disk sets it, and then the peer's word is final.
+
+    A flush that does not reach the peer opens no gap, for nothing differs by it:
+    the remote node sends one as soon as the link is back. One that the peer
+    fails does, since what it has taken may be lost there.
     """
 
     def __init__(
@@ -125,9 +132,10 @@ class Forward(Node):
 
     def _counts(self, offset: int, length: int, error: Error) -> bool:
         """The peer did not get this: open the gap, and say whether that is the caller's error."""
-        if self.gap is None:
-            self.gap = error
-        self._missed(offset, length, error)
+        if length or (self.gap is None and error.kind not in _NOT_REACHED):
+            if self.gap is None:
+                self.gap = error
+            self._missed(offset, length, error)
         return self.alone
 
 

@@ -25,6 +25,9 @@ from tcmu_replication.nbd.stream import Stream
 from tcmu_replication.nbd.tls_socket import Socket, events_of
 from tcmu_replication.nbd.transmission import Reply
 
+PATIENCE = 4
+"""So many time-outs may pass before a call is answered, whatever else the server says meanwhile."""
+
 _READ = int(Command.READ)
 _WRITE = int(Command.WRITE)
 
@@ -34,8 +37,9 @@ class Session:
 
     `answered()` is called after each batch of replies, `lost(error)` once, from
     the loop and never from within `send`, unless `close` was called before.
-    `timeout_s` is how long the server may take to answer a call that it has
-    been sent.
+    `timeout_s` is how long the server may be silent while it owes an answer to
+    what it has been sent. Any byte from it counts: one that is busy with a long
+    call answers others. But for each call it has PATIENCE times as long at most.
     """
 
     def __init__(
@@ -145,18 +149,19 @@ class Session:
         self._flush()
 
     def _check(self) -> None:
-        """Find a server that has stopped answering: it has the oldest call for too long."""
+        """Find a server that has fallen silent, or has the oldest call for far too long."""
         self._watch = None
         if not self.calls:
             return
         batch = next(iter(self.calls.values())).batch
         assert batch is not None
         since = self._sent_at if batch.sent_at is None else batch.sent_at
-        if self._fill:
-            since = max(since, self._heard_at)
-        left = since + self._timeout_s - self._loop.time()
+        silence = max(since, self._heard_at) + self._timeout_s
+        end = since + PATIENCE * self._timeout_s
+        left = min(silence, end) - self._loop.time()
         if left <= 0:
-            self._lose(Error(Kind.PEER_LOST, f"no answer for {self._timeout_s:g} s"))
+            limit = self._timeout_s if silence <= end else PATIENCE * self._timeout_s
+            self._lose(Error(Kind.PEER_LOST, f"no answer for {limit:g} s"))
         else:
             self._watch = self._loop.call_later(left, self._check)
 
@@ -169,7 +174,6 @@ class Session:
                 room = stream.room()
                 targets = list(itertools.islice(self._fill, MAX_BUFFERS - 1))
                 count = self._sock.recvmsg_into([*targets, room])[0]
-                self._heard_at = self._loop.time()
                 direct = min(count, sum(map(len, targets)))
                 drop_first(self._fill, direct)
                 stream.end += count - direct
@@ -184,6 +188,7 @@ class Session:
         if not count:
             self._lose(Error(Kind.PEER_LOST, "the server closed the connection"))
             return
+        self._heard_at = self._loop.time()
         try:
             self._take_replies()
         except Error as error:

@@ -44,6 +44,14 @@ WORDS = (
 )
 MAX_LENGTH = 4096
 
+_ABLE = (
+    TransmissionFlag.HAS_FLAGS
+    | TransmissionFlag.SEND_FLUSH
+    | TransmissionFlag.SEND_FUA
+    | TransmissionFlag.SEND_TRIM
+    | TransmissionFlag.SEND_WRITE_ZEROES
+)
+"""So each of `CALLS` is sent as it is; without block status the seventh is answered at once."""
 _GUARD = 0xEE
 _KINDS = (Kind.PEER_LIED, *set(protocol.KIND_OF_ERROR.values()))
 
@@ -79,9 +87,7 @@ def check(data: bytes) -> None:
     script = Script(data)
     flags, step, window = (script.number() for _ in range(3))
     structured = bool(flags & 1)
-    agreement = Agreement(
-        LENGTH, TransmissionFlag.HAS_FLAGS, structured, CONTEXT if structured and flags & 2 else None
-    )
+    agreement = Agreement(LENGTH, _ABLE, structured, CONTEXT if structured and flags & 2 else None)
     queue = Queue(16)
     made, memory = requests(queue)
     wire = Wire(script.rest(), step=step, window=window * 16)

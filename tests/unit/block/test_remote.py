@@ -19,7 +19,7 @@ from tcmu_replication.block.memory import Memory
 from tcmu_replication.block.node import Buffers, Extent
 from tcmu_replication.block.pending import Pending
 from tcmu_replication.block.remote import Remote, State
-from tcmu_replication.block.remote_queue import Ranges, extents_of
+from tcmu_replication.block.remote_queue import SPAN, Ranges, extents_of
 from tcmu_replication.errors import Error, Kind
 from tcmu_replication.frontend.nbd import Export, Server
 from tcmu_replication.nbd import protocol, transmission
@@ -476,14 +476,35 @@ def test_requests_fail_when_the_server_opened_later_stays_away(tmp_path: Path) -
     run(body)
 
 
-def test_server_opened_later_that_cannot_flush_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("flags", [ALL, Flag.HAS_FLAGS | Flag.SEND_FLUSH], ids=["all", "only flush"])
+def test_requests_before_the_first_connection_become_what_the_server_can_do(
+    tmp_path: Path, flags: int
+) -> None:
+    """Issue section 6: a trim before the link is up was dropped, and a zero was written as data."""
+
     async def body() -> None:
-        states = States()
-        script = Script(tmp_path, Offer("disk0", LENGTH, Flag.HAS_FLAGS))
+        script = Script(tmp_path, Offer("disk0", LENGTH, flags))
         async with await asyncio.start_unix_server(script.accept, script.path):
-            remote = Remote("r", Unix(script.path), "disk0", length=LENGTH, on_state=states)
+            remote = Remote("r", Unix(script.path), "disk0", length=LENGTH, reconnect_delay=20)
             remote.open_later()
-            await states.until(State.LOST, "SEND_FLUSH")
+            trim, zero = remote.discard(0, 512), remote.zero(512, 512, True)
+            peer = await script.peers.get()
+            asked = []
+            for _ in range(3):
+                found, command, cookie, offset, length = await peer.request()
+                if command == Command.WRITE:
+                    assert await peer.reader.readexactly(length) == bytes(length)
+                asked.append((command, found, offset, length))
+                peer.say(transmission.simple_reply(cookie))
+            owed = (Command.FLUSH, 0, 0, 0)
+            if flags == ALL:
+                trims = (Command.TRIM, 0, 0, 512)
+                assert asked == [owed, trims, (Command.WRITE_ZEROES, CommandFlag.FUA, 512, 512)]
+            else:
+                assert asked == [owed, (Command.WRITE, 0, 512, 512), (Command.FLUSH, 0, 0, 0)]
+            for call in (trim, zero):
+                assert call is not None
+                await call.wait()
             remote.close()
             await remote.wait_closed()
             for writer in script.writers:
@@ -554,12 +575,13 @@ async def scripted(
     path: Path,
     flags: int = ALL,
     *,
+    length: int = LENGTH,
     old: bool = False,
     maximum: int = protocol.MAX_REQUEST,
     minimum: int = 1,
     **options: Any,
 ) -> AsyncIterator[tuple[Remote, Peer, Script]]:
-    script = Script(path, Offer("disk0", LENGTH, flags, "", minimum, minimum, maximum), old)
+    script = Script(path, Offer("disk0", length, flags, "", minimum, minimum, maximum), old)
     listener = await asyncio.start_unix_server(script.accept, script.path)
     try:
         async with connected(Remote("r", Unix(script.path), "disk0", **options)) as remote:
@@ -653,9 +675,11 @@ def test_request_below_the_servers_minimum_is_refused(tmp_path: Path) -> None:
 def test_server_with_nothing_but_flush(tmp_path: Path) -> None:
     async def body() -> None:
         async with scripted(tmp_path, Flag.HAS_FLAGS | Flag.SEND_FLUSH) as (remote, peer, _):
-            assert remote.discard(0, 4096) is None
+            discard = remote.discard(0, 4096)
             zero = remote.zero(4096, 512, True, True)
             remote.unplug()
+            assert discard is not None
+            assert discard.done
             cookie, offset, data = await peer.write()
             assert (offset, data) == (4096, bytes(512))
             peer.say(transmission.simple_reply(cookie))
@@ -674,9 +698,11 @@ def test_server_with_nothing_but_flush(tmp_path: Path) -> None:
 def test_server_without_flush(tmp_path: Path) -> None:
     async def body() -> None:
         async with scripted(tmp_path, Flag.HAS_FLAGS) as (remote, peer, _):
-            assert remote.flush() is None
+            flush = remote.flush()
             write = remote.write(0, view(b"data"), True)
             remote.unplug()
+            assert flush is not None
+            assert flush.done
             peer.say(transmission.simple_reply((await peer.write())[0]))
             await ended(write)
             assert await peer.silence()
@@ -735,6 +761,228 @@ def test_requests_in_flight_are_limited(tmp_path: Path) -> None:
             cookies.append((await peer.request())[2])
             peer.say(transmission.simple_reply(cookies[2]) + transmission.simple_reply(cookies[0]))
             await ended(*flushes)
+
+    run(body)
+
+
+TiB = 1 << 40
+
+
+async def span(peer: Peer, command: Command) -> tuple[int, int, int]:
+    """Cookie, offset and length of the next request, a long one."""
+    _, asked, cookie, offset, length = await peer.request()
+    assert asked == command
+    assert length <= SPAN
+    return cookie, offset, length
+
+
+def test_zero_of_a_whole_disk_goes_in_spans_and_others_pass_by(tmp_path: Path) -> None:
+    """A4."""
+
+    async def body() -> None:
+        async with scripted(tmp_path, length=16 * TiB) as (remote, peer, _):
+            zero = remote.zero(0, 16 * TiB - 512)
+            beside, over = remote.write(16 * TiB - 512, view(bytes(512))), remote.write(0, view(bytes(512)))
+            assert remote.in_flight == 3
+            remote.unplug()
+            cookie, offset, length = await span(peer, Command.WRITE_ZEROES)
+            assert (offset, length) == (0, SPAN)
+            passed = await peer.write()
+            assert passed[1] == 16 * TiB - 512
+            assert await peer.silence()
+            peer.say(transmission.simple_reply(passed[0]))
+            await ended(beside)
+            for number in range(1, 20):
+                peer.say(transmission.simple_reply(cookie))
+                cookie, offset, length = await span(peer, Command.WRITE_ZEROES)
+                assert (offset, length) == (number * SPAN, SPAN)
+            assert zero is not None
+            assert over is not None
+            assert not zero.done
+            assert not over.done
+
+    run(body)
+
+
+def test_many_discards_are_under_way_only_as_far_as_their_bytes_allow(tmp_path: Path) -> None:
+    """A4: 32 UNMAPs of 32 MiB were one gibibyte at once."""
+
+    async def body() -> None:
+        async with scripted(tmp_path, length=TiB) as (remote, peer, _):
+            calls = [remote.discard(n * 2 * SPAN, 2 * SPAN) for n in range(4)]
+            calls += [remote.discard((100 + n) * SPAN, 4096) for n in range(10)]
+            remote.unplug()
+            asked = []
+            for _ in range(18):
+                cookie, offset, length = await span(peer, Command.TRIM)
+                if length == SPAN:
+                    assert await peer.silence()
+                asked.append((offset, length))
+                peer.say(transmission.simple_reply(cookie))
+            await ended(*calls)
+            expected = [(n * SPAN, SPAN) for n in range(8)] + [((100 + n) * SPAN, 4096) for n in range(10)]
+            assert asked == expected
+            assert (remote.in_flight, remote.in_flight_bytes) == (0, 0)
+
+    run(body)
+
+
+def test_span_without_an_answer_is_sent_again_and_those_behind_it_follow(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with scripted(tmp_path, length=TiB, reconnect_delay=20) as (remote, peer, script):
+            zero = remote.zero(0, 3 * SPAN)
+            remote.unplug()
+            peer.say(transmission.simple_reply((await span(peer, Command.WRITE_ZEROES))[0]))
+            assert (await span(peer, Command.WRITE_ZEROES))[1] == SPAN
+            over = remote.write(0, view(b"newer"))
+            remote.unplug()
+            peer.writer.close()
+            peer = await script.peers.get()
+            for number in (1, 2):
+                cookie, offset, _ = await span(peer, Command.WRITE_ZEROES)
+                assert offset == number * SPAN
+                assert await peer.silence()
+                peer.say(transmission.simple_reply(cookie))
+            cookie, _, data = await peer.write()
+            assert data == b"newer"
+            assert zero is not None
+            assert zero.done
+            peer.say(transmission.simple_reply(cookie))
+            await ended(over)
+
+    run(body)
+
+
+def test_span_that_fails_is_the_last(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with scripted(tmp_path, length=TiB) as (remote, peer, _):
+            zero = remote.zero(0, TiB)
+            remote.unplug()
+            cookie, _, _ = await span(peer, Command.WRITE_ZEROES)
+            peer.say(transmission.error_chunk(cookie, 28, "full"))
+            await ended(zero)
+            assert failure(zero).kind is Kind.NO_SPACE
+            assert await peer.silence()
+            assert (remote.in_flight, remote.in_flight_bytes) == (0, 0)
+
+    run(body)
+
+
+def test_long_zero_ends_with_the_connection_that_does_not_come_back(tmp_path: Path) -> None:
+    async def body() -> None:
+        states = States()
+        async with scripted(tmp_path, length=TiB, on_state=states) as (remote, peer, _):
+            zero = remote.zero(0, TiB)
+            remote.unplug()
+            await peer.request()
+            peer.writer.close()
+            await states.until(State.LOST)
+            assert failure(zero).kind is Kind.PEER_LOST
+            assert (remote.in_flight, remote.in_flight_bytes) == (0, 0)
+
+    run(body)
+
+
+class Slow(Memory):
+    """A disk that zeroes at 50 MB/s, one call after the other."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.length = 1 << 30
+        self.free_at = 0.0
+
+    def zero(self, offset: int, length: int, fua: bool = False, unmap: bool = True) -> Pending:
+        loop, pending = asyncio.get_running_loop(), Pending()
+        self.free_at = max(self.free_at, loop.time()) + length / 50e6
+        loop.call_at(self.free_at, pending.complete)
+        return pending
+
+
+def test_long_zero_on_a_slow_server_is_no_silence(tmp_path: Path) -> None:
+    """A4: 100 MiB at 50 MB/s take 2 s, and so did the answer to all of them."""
+
+    async def body() -> None:
+        server = Server([Export("disk0", Slow())])
+        address = Unix(str(tmp_path / "nbd.sock"))
+        await server.listen_unix(address.path)
+        async with connected(Remote("r", address, "disk0", timeout=1.5)) as remote:
+            zero = remote.zero(0, 100 * MiB)
+            remote.unplug()
+            assert zero is not None
+            await zero.wait()
+        await server.close()
+
+    run(body)
+
+
+def test_server_that_answers_others_is_not_silent(tmp_path: Path) -> None:
+    """A4: any sign of life counts; and for a call that is never answered there is an end all the same."""
+
+    async def body() -> None:
+        states = States()
+        async with scripted(tmp_path, timeout=1, on_state=states) as (remote, peer, _):
+            stuck = remote.flush()
+            remote.unplug()
+            await peer.request()
+            answered = 0
+            while not stuck or not stuck.done:
+                beside = remote.flush()
+                remote.unplug()
+                try:
+                    peer.say(transmission.simple_reply((await peer.request())[2]))
+                    answered += 1
+                except asyncio.IncompleteReadError:
+                    await ended(beside)
+                    break
+                await ended(beside)
+                await asyncio.sleep(0.05)
+            assert "no answer for 4 s" in await states.until(State.LOST)
+            assert answered > 1
+
+    run(body)
+
+
+def test_flush_that_the_server_did_not_get_is_the_first_request_when_it_is_back(tmp_path: Path) -> None:
+    """Issue section 6: a flush while the link is lost."""
+
+    async def body() -> None:
+        states = States()
+        async with scripted(tmp_path, on_state=states) as (remote, peer, script):
+            peer.writer.close()
+            await states.until(State.LOST)
+            with pytest.raises(Error):
+                remote.flush()
+            assert remote.flush_owed
+            await states.until(State.CONNECTED)
+            write = remote.write(0, view(b"data"))
+            remote.unplug()
+            peer = await script.peers.get()
+            _, command, cookie, _, _ = await peer.request()
+            assert command == Command.FLUSH
+            peer.say(transmission.simple_reply((await peer.write())[0]))
+            await ended(write)
+            assert remote.flush_owed
+            peer.say(transmission.simple_reply(cookie))
+            again = remote.flush()
+            remote.unplug()
+            peer.say(transmission.simple_reply((await peer.request())[2]))
+            await ended(again)
+            assert not remote.flush_owed
+
+    run(body)
+
+
+def test_server_that_fails_the_flush_that_it_was_owed_is_lost_again(tmp_path: Path) -> None:
+    async def body() -> None:
+        states = States()
+        async with scripted(tmp_path, on_state=states) as (remote, peer, script):
+            peer.writer.close()
+            await states.until(State.CONNECTED)
+            await states.until(State.CONNECTED)
+            peer = await script.peers.get()
+            peer.say(transmission.error_chunk((await peer.request())[2], 5, "no medium"))
+            await states.until(State.LOST, "no medium")
+            assert remote.flush_owed
 
     run(body)
 
@@ -974,7 +1222,9 @@ def test_block_status_is_merged_and_cut(tmp_path: Path) -> None:
 def test_block_status_of_a_server_without_it(tmp_path: Path) -> None:
     async def body() -> None:
         async with scripted(tmp_path, old=True) as (remote, _, _):
-            assert remote.block_status(0, 4096).value == [Extent(4096, True, False)]
+            status = remote.block_status(0, 4096)
+            remote.unplug()
+            assert status.value == [Extent(4096, True, False)]
             assert remote.extents(0, 4096) == [Extent(4096, True, False)]
             with pytest.raises(Error) as caught:
                 remote.fetch(0, 512)

@@ -339,6 +339,51 @@ def test_failed_forwarded_write_is_the_end_of_forwarding(site):
     run(site, story)
 
 
+def test_flush_while_the_link_is_lost_opens_no_gap_and_is_made_up_for(site):
+    """Issue section 6: it made the pair ask for a copy of the whole disk, though no block differed."""
+    flushed = asyncio.Event()
+
+    class Flushed(Disk):
+        def flush(self):
+            flushed.set()
+
+    async def story():
+        await site.engine.start(Mode.PRIMARY)
+        await site.write(0, 1)
+        await site.vanish()
+        pending = site.engine.top.flush()
+        site.engine.top.unplug()
+        await settle(pending)
+        site.engine.get_error()
+        assert site.engine.out_of_sync_bytes == 0
+        flushed.clear()
+        await site.serve()
+        await flushed.wait()
+        await site.write(BLOCK, 2)
+        assert site.byte(BLOCK) == (2, 2)
+        await site.engine.checkpoint()
+
+    site.theirs = Flushed(LENGTH, name="theirs")
+    run(site, story)
+
+
+def test_flush_that_the_peer_fails_opens_the_gap(site):
+    async def story():
+        await site.engine.start(Mode.PRIMARY)
+
+        def flush():
+            raise Error(Kind.IO, "flush failed")
+
+        site.theirs.flush = flush
+        pending = site.engine.top.flush()
+        site.engine.top.unplug()
+        await settle(pending)
+        with pytest.raises(Error, match="misses writes"):
+            await site.engine.checkpoint()
+
+    run(site, story)
+
+
 def test_secondary_back_within_the_delay_loses_nothing(tmp_path):
     site = Site(tmp_path, reconnect_delay=20.0)
 
