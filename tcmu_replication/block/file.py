@@ -61,6 +61,7 @@ class File(Node):
         self._offload = offload
         self._nowait = offload is not None
         self._unsupported: set[int] = set()
+        self._probed = False
         self._lost: Error | None = None
         self._syncing: Pending | None = None
         self._sync_again: Pending | None = None
@@ -70,6 +71,15 @@ class File(Node):
     def fileno(self) -> int:
         """The descriptor, for mapping it. It stays this node's."""
         return self._fd
+
+    @property
+    def unmaps(self) -> bool:
+        """See `Node.unmaps`. Asked for the first time it tries, and changes nothing."""
+        if not self._probed:
+            self._probed = True
+            if not space.punches(self._fd, self.length, device=self._is_device):
+                self._unsupported.add(space.PUNCH_HOLE)
+        return space.PUNCH_HOLE not in self._unsupported
 
     def read(self, offset: int, buffers: Buffers) -> Pending | None:
         """See `Node.read`. With an Offload what is not cached is read in a thread."""

@@ -6,6 +6,7 @@ below, nodes trust each other.
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -16,10 +17,13 @@ from tcmu_replication.block.node import Buffers, Extent, Node
 from tcmu_replication.block.pending import Pending, attempt, gather, settle
 from tcmu_replication.block.turns import Turn, Turns
 from tcmu_replication.errors import Error, Kind
-from tcmu_replication.units import format_size
+from tcmu_replication.units import MiB, format_size
 
 _MANY = 64
 """So many writes that have ended are remembered, and as many as are under way."""
+
+SPAN = 16 * MiB
+"""The longest zero or discard that is passed on as one. The kernel may have to write all of it at once, on the loop."""
 
 Call = Callable[[], Pending | None]
 """A request that waits: makes the call of the node that is below then."""
@@ -35,6 +39,9 @@ class Gate(Node):
 
     `claim()` is for a request of several calls, as COMPARE AND WRITE is: until
     it is released nobody else writes to its range, through any frontend.
+
+    A zero or discard of more than SPAN is passed on in spans, and others have
+    their turn in between; it claims its range meanwhile.
 
     Counters since the start: `reads`, `writes` (zeroing included), `bytes_read`
     and `bytes_written`; what is refused does not count.
@@ -94,6 +101,8 @@ class Gate(Node):
             return None
         self.writes += 1
         self.bytes_written += length
+        if length > SPAN:
+            return _InSpans(self, offset, length, partial(self._zero_later, fua=fua, unmap=unmap)).whole
         if self._guarded:
             return self._guard(offset, length, partial(self._zero_later, offset, length, fua, unmap))
         return self._follow_write(self.child.zero(offset, length, fua, unmap), offset, length)
@@ -103,6 +112,8 @@ class Gate(Node):
         if self.read_only or offset < 0 or length <= 0 or offset + length > self.length:
             self._refuse(offset, length, writes=True)
             return None
+        if length > SPAN:
+            return _InSpans(self, offset, length, self._discard_later).whole
         if self._guarded:
             return self._guard(offset, length, partial(self._discard_later, offset, length))
         return self._follow_write(self.child.discard(offset, length), offset, length)
@@ -352,6 +363,50 @@ class Claim:
             self._ready.complete()
         else:
             busy.then(lambda _: self._ready.complete())
+
+
+class _InSpans:
+    """A long zero or discard under way; `whole` ends with it, or with the first span that fails."""
+
+    def __init__(
+        self, gate: Gate, offset: int, length: int, call: Callable[[int, int], Pending | None]
+    ) -> None:
+        self.whole = Pending()
+        self._gate = gate
+        self._at = offset
+        self._end = offset + length
+        self._call = call
+        self._claim = gate.claim(offset, length)
+        if self._claim.granted is None:
+            self._next()
+        else:
+            self._claim.granted.then(self._next)
+
+    def _next(self, ended: Pending | None = None) -> None:
+        """The next span, if the one before has ended well."""
+        error = None if ended is None else ended.error
+        while error is None and self._at < self._end:
+            at, length = self._at, min(SPAN, self._end - self._at)
+            self._at += length
+            error, pending = attempt(self._call, at, length)
+            if pending is not None:
+                self._gate.unplug()  # most spans are in no batch of a frontend's
+                if not pending.done:
+                    pending.then(self._next)
+                    return
+                error = pending.error
+            if error is None and self._at < self._end and self._make_way():
+                return
+        self._claim.release()
+        self.whole.complete(error)
+
+    def _make_way(self) -> bool:
+        """Go on when the loop has looked after others; False if no loop runs, and so nobody else waits."""
+        try:
+            asyncio.get_running_loop().call_soon(self._next)
+        except RuntimeError:
+            return False
+        return True
 
 
 def _pass_on(promised: Pending, ended: Pending) -> None:

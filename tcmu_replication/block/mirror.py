@@ -10,6 +10,10 @@ Both disks get overlapping writes in the order in which they were made: the
 local disk takes each at once, and the remote node keeps the order, also when it
 has to send some of them again.
 
+A discard promises no content, and two disks would keep different ones. So here
+it is a zero that gives space back, on both; or nothing, on both, where the local
+disk cannot give space back and would have to write every byte.
+
 The peer's failures never reach the caller: the filter below swallows and
 records them. What else goes wrong is counted in `errors`, per child, and
 reported through `report`.
@@ -135,7 +139,9 @@ class Mirror(Node):
     def discard(self, offset: int, length: int) -> Pending | None:
         if self.replica is None:
             return self._write_disk("discard", offset, length, (length,))
-        return self._write_both("discard", offset, length, (length,))
+        if self.disk is not None and not self.disk.unmaps:
+            return None
+        return self._write_both("zero", offset, length, (length, False, True))
 
     def flush(self) -> Pending | None:
         pendings = []

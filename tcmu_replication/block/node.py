@@ -53,6 +53,11 @@ class Node:
         """The nodes directly below, the one that is read from first."""
         return (self.child,) if hasattr(self, "child") else ()
 
+    @property
+    def unmaps(self) -> bool:
+        """Whether `zero` with `unmap` gives space back, as far as is known; if not it may have to write every byte."""
+        return self.child.unmaps if hasattr(self, "child") else True
+
     def read(self, offset: int, buffers: Buffers) -> Pending | None:
         """Fill `buffers` from `offset`."""
         return self.child.read(offset, buffers)

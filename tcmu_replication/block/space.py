@@ -16,7 +16,7 @@ import struct
 
 from tcmu_replication.block.node import Extent
 from tcmu_replication.errors import from_os
-from tcmu_replication.units import format_size
+from tcmu_replication.units import BLOCK, format_size
 
 # include/uapi/linux/falloc.h
 KEEP_SIZE = 0x01
@@ -64,6 +64,28 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> bool:
             return False
         if code != errno.EINTR:
             raise OSError(code, os.strerror(code))
+    return True
+
+
+def punches(fd: int, length: int, *, device: bool) -> bool:
+    """Whether PUNCH_HOLE is likely to work on a file of `length` bytes, or a device. Changes nothing.
+
+    Behind the end of a file there is nothing to punch; a device says it in sysfs
+    (Documentation/ABI/stable/sysfs-block, write_zeroes_max_bytes), a partition's disk for it.
+    """
+    if not device:
+        try:
+            return fallocate(fd, PUNCH_HOLE, length, BLOCK)
+        except OSError:
+            return True
+    number = os.fstat(fd).st_rdev
+    place = os.path.realpath(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+    for folder in (place, os.path.dirname(place)):
+        try:
+            with open(os.path.join(folder, "queue/write_zeroes_max_bytes"), "rb") as file:
+                return int(file.read()) > 0
+        except (OSError, ValueError):
+            continue
     return True
 
 

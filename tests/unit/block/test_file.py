@@ -163,6 +163,21 @@ def test_file_without_fallocate_writes_zeroes_and_ignores_discards(
     file.close()
 
 
+def test_file_says_whether_it_gives_space_back_and_stays_as_it_is(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = File(path)
+    file.write(0, [memoryview(b"x" * MiB)])
+    assert file.unmaps
+    assert bytes(file.fetch(0, MiB)) == b"x" * MiB
+    assert os.stat(path).st_size == MiB
+    file.close()
+    monkeypatch.setattr(space, "fallocate", lambda *_: False)
+    file = File(path)
+    assert not file.unmaps
+    file.close()
+
+
 def test_file_as_device_keeps_fallocate_and_discard_in_whole_blocks(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

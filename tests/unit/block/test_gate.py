@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from tcmu_replication.block.gate import Gate
+from tcmu_replication.block.gate import SPAN, Gate
 from tcmu_replication.block.memory import Memory
 from tcmu_replication.block.node import Buffers, Node
 from tcmu_replication.block.pending import Pending
@@ -319,3 +320,76 @@ def test_gate_refuses_claims_of_a_read_only_disk() -> None:
     with pytest.raises(Error) as caught:
         Gate(Memory(LENGTH, read_only=True)).claim(0, 1)
     assert caught.value.kind is Kind.READ_ONLY
+
+
+LONG: dict[str, Callable[[Gate], Pending | None]] = {
+    "zero": lambda gate: gate.zero(512, 2 * SPAN + 1024),
+    "discard": lambda gate: gate.discard(512, 2 * SPAN + 1024),
+}
+
+
+@pytest.mark.parametrize("operation", LONG)
+def test_long_zero_and_discard_go_in_spans_and_later_writes_to_the_range_wait(operation: str) -> None:
+    """A2: the kernel may have to write all of it, on the loop."""
+    slow = Slow()
+    slow.length = 4 * SPAN
+    gate = Gate(slow)
+    whole = LONG[operation](gate)
+    beside, over = gate.write(0, data(b"beside")), gate.write(2 * SPAN, data(b"newer"))
+    assert slow.calls == [(operation, 512, SPAN), ("write", 0, b"beside", False)]
+    slow.answers[1].complete()
+    slow.answers[0].complete()
+    assert slow.calls[2:] == [(operation, 512 + SPAN, SPAN)]
+    slow.answers[2].complete()
+    assert slow.calls[3:] == [(operation, 512 + 2 * SPAN, 1024)]
+    assert gate.drained() is not None
+    assert whole is not None
+    assert not whole.done
+    slow.answers[3].complete()
+    assert whole.done
+    assert slow.calls[4:] == [("write", 2 * SPAN, b"newer", False)]
+    slow.answers[4].complete()
+    for pending in (beside, over):
+        assert pending is not None
+        assert pending.done
+    assert gate.in_flight == 0
+
+
+@pytest.mark.parametrize("operation", LONG)
+def test_long_zero_and_discard_end_with_the_span_that_fails(operation: str) -> None:
+    slow = Slow()
+    slow.length = 4 * SPAN
+    gate = Gate(slow)
+    whole = LONG[operation](gate)
+    slow.answers[0].complete(Error(Kind.NO_SPACE, "full"))
+    assert whole is not None
+    assert whole.error is not None
+    assert whole.error.kind is Kind.NO_SPACE
+    assert len(slow.calls) == 1
+    assert gate.in_flight == 0
+
+
+def test_long_zero_waits_for_the_release_of_a_hold() -> None:
+    slow = Slow()
+    slow.length = 4 * SPAN
+    gate = Gate(slow)
+    gate.hold()
+    gate.zero(0, 2 * SPAN)
+    assert not slow.calls
+    gate.release()
+    assert slow.calls == [("zero", 0, SPAN)]
+
+
+def test_long_zero_of_a_disk_that_ends_calls_at_once_lets_others_have_their_turn() -> None:
+    async def story() -> None:
+        disk = Memory(2 * SPAN)
+        disk.data[:] = b"x" * len(disk.data)
+        gate = Gate(disk)
+        pending = gate.zero(0, 2 * SPAN)
+        assert pending is not None
+        assert not pending.done
+        assert disk.data.count(0) == SPAN
+        await pending.wait()
+        assert disk.data.count(0) == 2 * SPAN
+
+    asyncio.run(story())

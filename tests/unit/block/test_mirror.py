@@ -175,3 +175,38 @@ def test_flush_fails_with_the_local_disk(disk, failures):
     attach(mirror, Memory(LENGTH))
     with pytest.raises(Error, match="flush failed"):
         mirror.flush()
+
+
+class Disk(Memory):
+    """A disk of one of three kinds: its discards zero or do nothing, or (QEMU's are of this kind) either."""
+
+    def __init__(self, unmaps, discards):
+        super().__init__(LENGTH)
+        self.data[:] = b"x" * LENGTH
+        self._unmaps = unmaps
+        self._discards = discards
+
+    @property
+    def unmaps(self):
+        return self._unmaps
+
+    def discard(self, offset, length):
+        return self.zero(offset, length) if self._discards else None
+
+
+@pytest.mark.parametrize("peer", [(True, True), (False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("local", [(True, True), (False, False), (True, False), (False, True)])
+def test_discard_leaves_the_same_on_both_disks_whatever_each_can(failures, local, peer):
+    """Issue section 6: a trim where one disk punches holes and the other cannot."""
+    disk, replica = Disk(*local), Disk(*peer)
+    mirror = mirror_of(disk, failures)
+    attach(mirror, replica)
+    assert mirror.discard(4096, 8192) is None
+    assert disk.data == replica.data
+    assert disk.data.count(0) == (8192 if local[0] else 0)
+
+
+def test_discard_without_replica_is_the_disks_own(failures):
+    disk = Disk(False, True)
+    mirror_of(disk, failures).discard(0, 4096)
+    assert disk.data.count(0) == 4096
