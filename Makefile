@@ -25,7 +25,7 @@ unit: $(VENV)/installed
 
 soak: tools $(VENV)/installed
 	TCMU_REPLICATION_SOAK=$(N) $(BIN)/python -m pytest tests/interop/test_qemu_differential.py tests/interop/test_qemu_primary.py \
-		tests/interop/test_qemu_defects.py $(TEST_ARGS)
+		tests/interop/test_qemu_defects.py tests/system/test_random_pair.py $(TEST_ARGS)
 
 fuzz: $(VENV)/fuzz
 	$(BIN)/python -m tests.fuzz.run $(SECONDS) $(TARGETS)
