@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from tcmu_replication.block.pending import Pending
+from tcmu_replication.errors import Error, Kind
 
 Buffers = Sequence[memoryview]
 
@@ -69,7 +70,8 @@ class Node:
         """
         view = memoryview(bytearray(length))
         pending = self.read(offset, [view])
-        assert pending is None, f"{self.name} cannot read at once"
+        if pending is not None:  # the view is empty still, and whoever asks would take it for data
+            raise Error(Kind.UNSUPPORTED, f"{self.name} cannot read at once", offset=offset, length=length)
         return view
 
     def write(self, offset: int, buffers: Buffers, fua: bool = False) -> Pending | None:

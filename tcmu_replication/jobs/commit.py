@@ -37,7 +37,7 @@ from tcmu_replication.block.node import Node
 from tcmu_replication.block.offload import Offload
 from tcmu_replication.block.overlay import Overlay, held_runs
 from tcmu_replication.block.pending import Pending, after, gather, settle
-from tcmu_replication.errors import Error
+from tcmu_replication.errors import Error, Kind
 from tcmu_replication.jobs.job import Job, JobStatus
 from tcmu_replication.units import BLOCK, MiB
 
@@ -260,7 +260,8 @@ class Commit(Job):
                 window.failed_to = "read"
                 raise
             pending = self._disk.write(offset, [data])
-        assert pending is None, "the disk takes plain writes at once"
+        if pending is not None:  # what is forgotten in the overlays next would not be on the disk yet
+            raise Error(Kind.UNSUPPORTED, f"{self._disk.name} does not write at once")
 
 
 def _pieces(runs: Sequence[Run]) -> Iterator[Run]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from tcmu_replication.block.node import Node
+from tcmu_replication.block.memory import Memory
+from tcmu_replication.block.node import Buffers, Node
+from tcmu_replication.block.pending import Pending
+from tcmu_replication.errors import Error
 from tests.unit.block.conftest import MakeLeaf
 
 LENGTH = 3 * 4096 + 1000
@@ -91,3 +94,16 @@ def test_leaf_flush_fua_and_closing_twice(make_leaf: MakeLeaf) -> None:
     leaf.unplug()
     leaf.close()
     leaf.close()
+
+
+def test_node_that_cannot_read_at_once_says_so_and_hands_out_no_empty_buffer() -> None:
+    """N: it was an assert, which python -O leaves out."""
+
+    class Late(Memory):
+        fetch = Node.fetch
+
+        def read(self, offset: int, buffers: Buffers) -> Pending:
+            return Pending()
+
+    with pytest.raises(Error, match="late cannot read at once"):
+        Late(LENGTH, name="late").fetch(0, 512)

@@ -329,6 +329,31 @@ def test_commit_fails_with_the_disk_and_loses_nothing(tmp_path, bad):
     asyncio.run(story())
 
 
+class Late(Memory):
+    """A disk that answers a write before it has made it: no disk of ours does."""
+
+    def write(self, offset, buffers, fua=False):
+        return Pending()
+
+    def zero(self, offset, length, fua=False, unmap=True):
+        return Pending()
+
+
+@pytest.mark.parametrize("data", [b"x" * MiB, None], ids=["data", "zeroes"])
+def test_commit_to_a_disk_that_has_not_written_yet_fails_and_forgets_nothing(tmp_path, data):
+    """N: it was an assert, which python -O leaves out."""
+
+    async def story():
+        chain = Switch(tmp_path, Late(LENGTH))
+        chain.active.zero(0, MiB) if data is None else chain.active.write(0, [memoryview(data)])
+        with chain.commit() as (job, _, _), pytest.raises(Error, match="does not write at once"):
+            await job.run()
+        assert chain.active.fetch(0, MiB) == (data or bytes(MiB))
+        assert chain.holds(0)
+
+    asyncio.run(story())
+
+
 def test_commit_fails_with_the_sync_and_forgets_nothing(tmp_path):
     async def story():
         chain = Switch(tmp_path, HeldSync(LENGTH))
