@@ -36,8 +36,8 @@ def ask(
         try:
             return client.execute(command, arguments, timeout)
         except Error as error:
-            advice = _advice(run, name, error.kind) if error.kind is Kind.TIMED_OUT else ""
-            raise Error(error.kind, f"{name}: {error}{advice}") from error
+            late = _late(run, name, command, str(error)) if error.kind is Kind.TIMED_OUT else str(error)
+            raise Error(error.kind, f"{name}: {late}") from error
 
 
 def attempt(name: str, call: Callable[[str], Any]) -> Answer:
@@ -65,6 +65,23 @@ def workers(run: Path) -> dict[str, dict[str, Any]]:
             return {row["name"]: row for row in client.execute("query-workers", timeout=STATUS_S)}
     except Error:
         return {}
+
+
+def _late(run: Path, name: str, command: str, said: str) -> str:
+    """Who did not answer: the worker, or its peer, whom the worker has asked."""
+    try:
+        if command == "query-status":
+            raise Error(Kind.TIMED_OUT, said)
+        with Client.unix(socket_path(run, name)) as client:
+            link = client.execute("query-status", timeout=STATUS_S).get("link")
+    except Error:
+        return said + _advice(run, name, Kind.TIMED_OUT)
+    if not link:
+        return said
+    if link["state"] == "connected":
+        return f"{link['peer']} does not answer ({said}); see `tcmu-replication status {name}`, there"
+    since = f" since {link['since']}" if link.get("since") else ""
+    return f"the link to {link['peer']} is down{since} ({said}); see `tcmu-replication status {name}`"
 
 
 def _advice(run: Path, name: str, kind: Kind) -> str:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from tcmu_replication.errors import Kind
 
-FAILED, WRONG, STATE, ABSENT, DENIED, PEER, LATE = 1, 2, 3, 4, 5, 6, 7
+FAILED, WRONG, STATE, ABSENT, DENIED, PEER, LATE, UNPROTECTED = 1, 2, 3, 4, 5, 6, 7, 8
 
 MEANINGS: dict[int, str] = {
-    0: "done",
-    FAILED: "it was tried and failed (I/O error, no space, ...), or an error is recorded",
+    0: "done; of status and errors: every resource that was asked for is protected",
+    FAILED: "it was tried and failed (I/O error, no space, ...); of errors: one is recorded",
     WRONG: "wrong usage, or wrong configuration",
     STATE: "not possible in this state, or in use",
     ABSENT: "no such resource, or nobody serves it (down)",
     DENIED: "not permitted (not root), or read-only",
     PEER: "the peer is lost, or broke the protocol",
     LATE: "no answer in time",
+    UNPROTECTED: "status and errors: there was an answer, but writes are not on both hosts",
 }
 
 STATUS_OF_KIND: dict[Kind, int] = {

@@ -113,10 +113,17 @@ def serve(context: Context, name: str | None, device: str | None) -> None:
 def status(context: Context, name: str | None, as_json: bool, watch: bool) -> None:
     """Show what resources do.
 
-    Mode, stage, epoch, link, what is dirty, jobs with progress, errors.
+    Protected or not comes first: whether every write is on both hosts before
+    it is acknowledged; since when not, and what to do. With NAME also stage,
+    epoch, link, what is dirty, jobs with progress. --watch --json prints a
+    document a line. A resource whose worker does not answer is "down".
 
-    A resource whose worker does not answer is shown as "down", and makes the
-    exit status 4.
+    \b
+    Exit status:
+      0  every resource that is shown is protected
+      4  a worker does not answer (down)
+      5  this user may not ask
+      8  all answered, and one is not protected
     """
     from tcmu_replication.cli import status as view
 
@@ -208,22 +215,19 @@ def stop(context: Context, name: str | None, everything: bool, as_json: bool) ->
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 @pass_context
 def errors(context: Context, name: str | None, as_json: bool) -> None:
-    """Show recorded replication errors.
+    """Show recorded replication errors, and who is not protected.
 
-    The exit status is 1 if there is one.
+    Since when, and what to do.
+
+    \b
+    Exit status:
+      0  no error is recorded, and all are protected
+      1  an error is recorded
+      8  no error is recorded, but one is not protected
     """
-    from tcmu_replication.cli import actions
+    from tcmu_replication.cli import failures
 
-    results = actions.run(
-        context.run_directory,
-        [name] if name else names_of(context),
-        "query-errors",
-        lambda _: {},
-        lambda result: result.get("desc") or "no error",
-        as_json=as_json,
-    )
-    if any(result["error"] for result in results.values()):
-        sys.exit(exits.FAILED)
+    failures.run(context.run_directory, [name] if name else names_of(context), as_json=as_json)
 
 
 @cli.command()
@@ -285,7 +289,7 @@ def _outcome(done: str) -> Callable[[dict[str, Any]], str]:
 
     def line(result: dict[str, Any]) -> str:
         if result.get("ignored"):
-            return f"ignored: its replication is {result['stage']}; start --assume-clean begins a new pairing"
+            return f"ignored: its replication is in stage {result['stage']}; see tcmu-replication status"
         return done
 
     return line

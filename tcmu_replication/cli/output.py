@@ -11,11 +11,20 @@ from tcmu_replication.units import format_size
 if TYPE_CHECKING:
     from rich.table import Table
 
-HEADERS = ("resource", "mode", "stage", "epoch", "link", "in flight", "dirty", "job", "error")
-WRAPPED = ("in flight", "link", "job", "error")
+HEADERS = ("resource", "role", "protected", "since", "link", "out of sync")
+WRAPPED = ("resource", "role")
+PROTECTED, UNPROTECTED, UNKNOWN = "yes", "NO", "-"
 GOOD, BAD, BUSY = "green", "red", "yellow"
-STAGE_COLOUR = {"running": GOOD, "done": GOOD, "failover": BUSY, "failover-failed": BAD, "down": BAD}
-LINK_COLOUR = {"connected": GOOD, "connecting": BUSY, "waiting": BUSY, "lost": BAD}
+COLOURS = {
+    PROTECTED: GOOD,
+    UNPROTECTED: BAD,
+    "down": BAD,
+    "connected": GOOD,
+    "connecting": BUSY,
+    "waiting": BUSY,
+    "lost": BAD,
+}
+WIDTH = 80
 BAR = 20
 
 Row = tuple[str, ...]
@@ -42,21 +51,41 @@ def rich_table(lines: Sequence[Row], headers: Row = HEADERS) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
     for header in headers:
-        width = max(LINK_COLOUR, key=len) if header == "link" else header.split(" ")[-1]
-        table.add_column(header, no_wrap=header not in WRAPPED, min_width=len(width), overflow="fold")
-    colours = STAGE_COLOUR | LINK_COLOUR
+        table.add_column(header, no_wrap=header not in WRAPPED, min_width=len(header), overflow="fold")
     for row in lines:
-        cells = [Text(cell, colours.get(cell.split(" ")[0], "")) for cell in row]
-        if row[-1] != "-":
-            cells[-1].stylize(BAD)
-        table.add_row(*cells)
+        table.add_row(*(Text(cell, COLOURS.get(cell, "")) for cell in row))
     return table
 
 
+def folded(text: str, indent: str) -> str:
+    """On a terminal lines of at most `WIDTH`, where the words allow it; elsewhere one line."""
+    if not sys.stdout.isatty():
+        return indent + text
+    import textwrap
+
+    return textwrap.fill(
+        text,
+        WIDTH,
+        initial_indent=indent,
+        subsequent_indent=indent + "  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
 def table(documents: Sequence[dict[str, Any]]) -> str:
-    """Several resources, for where standard output goes: drawn on a terminal, else plain."""
+    """Several resources, for where standard output goes: drawn on a terminal, else plain.
+
+    Below the table is what is wrong with each that is not protected, and what to do.
+    """
+    whole = _table(documents)
+    trouble = [words for document in documents if (words := _trouble(document))]
+    return "\n\n".join([whole, *trouble])
+
+
+def _table(documents: Sequence[dict[str, Any]]) -> str:
     if not sys.stdout.isatty():
         return plain(rows(documents))
     from rich.console import Console
@@ -64,24 +93,70 @@ def table(documents: Sequence[dict[str, Any]]) -> str:
     console = Console()
     with console.capture() as captured:
         console.print(rich_table(rows(documents)))
-    return captured.get().rstrip("\n")
+    return captured.get().strip("\n")
+
+
+def _trouble(document: dict[str, Any]) -> str:
+    if "subtype" in document:
+        return folded(f"{document['device']}: {document['hangs']}", "") if document.get("hangs") else ""
+    if document["stage"] == "down":
+        return _red(folded(f"{document['resource']}: DOWN: {_bare(document)}", ""))
+    hangs = [folded(f"{document['resource']}: {document['hangs']}", "")] if document.get("hangs") else []
+    protection = document["protection"]
+    told = [] if protection["protected"] else [verdict(document["resource"], protection)]
+    return "\n".join([*told, *hangs])
+
+
+def verdict(name: str, protection: dict[str, Any]) -> str:
+    """Protected or not, since when and why, and what to do."""
+    since = f" since {_short(protection['since'])}" if protection.get("since") else ""
+    state = "protected" if protection["protected"] else "NOT PROTECTED"
+    first = folded(f"{name}: {state}{since}: {protection['words']}", "")
+    lines = [first if protection["protected"] else _red(first)]
+    if protection.get("advice"):
+        lines.append(folded(f"what to do: {protection['advice']}", "  "))
+    return "\n".join(lines)
+
+
+def _red(text: str) -> str:
+    import os
+
+    import click
+
+    plain_text = not sys.stdout.isatty() or bool(os.environ.get("NO_COLOR"))
+    return text if plain_text else click.style(text, fg=BAD)
+
+
+def _bare(document: dict[str, Any]) -> str:
+    """Its error, which begins with the resource's name as every error does."""
+    error: str = document.get("error") or "no answer"
+    return error.removeprefix(f"{document['resource']}: ")
+
+
+def _short(time: str | None) -> str:
+    """A time for people: "2026-01-02 03:04:05 UTC" of an ISO 8601 one in UTC."""
+    return "-" if not time else f"{time[:19].replace('T', ' ')} UTC"
 
 
 def detail(document: dict[str, Any]) -> str:
-    """Everything about one resource, a line each."""
+    """Everything about one resource: protected or not first, then the facts, a line each."""
     if document.get("stage") == "down":
-        return f"{document['resource']}: down\n  error        {document['error']}"
+        return _trouble(document)
     if "subtype" in document:
         facts = {"handler": document["subtype"], "config": document["config"]}
-        facts |= {"size": format_size(document["size"]), "worker": _worker(document)}
+        facts |= {"size": format_size(document["size"]), "error": _error(document) or "none"}
+        facts |= {"worker": _worker(document)}
         return _lines(document["device"], document, facts)
     link, overlays, checkpoint = document["link"], document["overlays"], document.get("last-checkpoint")
     facts = {
-        "mode": f"{document['mode']} on {document['host']}",
+        "role": f"{document['mode']} on {document['host']}",
         "stage": document["stage"],
         "epoch": f"{document['epoch']} of generation {document['generation'] or '(none)'}",
         "disk": f"{document['disk']}, {format_size(document['size'])}; the LUN serves {document['top']}",
         "link": _link(document),
+        "heard": _times(
+            {f"{link['peer']} at": link.get("heard"), "last write at": document.get("last-forwarded")}
+        ),
         "overlays": f"active {format_size(overlays['active-bytes'])}, "
         f"hidden {format_size(overlays['hidden-bytes'])}",
         "out of sync": format_size(document["out-of-sync-bytes"]),
@@ -89,14 +164,19 @@ def detail(document: dict[str, Any]) -> str:
         f"writes were held {checkpoint['pause-ms']:.1f} ms"
         if checkpoint
         else "none yet",
+        "under way": _times({"a checkpoint, since": document.get("checkpoint-under-way-since")}),
         "error": _error(document) or "none",
         "worker": _worker(document),
     }
     if link["in-flight"]:
         facts["link"] += f", {link['in-flight']} in flight ({format_size(link['in-flight-bytes'])})"
-    title = f"{document['resource']}: {document['stage']}"
+    title = verdict(document["resource"], document["protection"])
     jobs = [f"  {'job':<12} {job_line(job)}" for job in document["jobs"]]
-    return "\n".join([_lines(title, document, facts), *jobs])
+    return "\n".join([_lines(title, document, {k: v for k, v in facts.items() if v}), *jobs])
+
+
+def _times(times: dict[str, str | None]) -> str:
+    return ", ".join(f"{what} {_short(at)}" for what, at in times.items() if at)
 
 
 def job_line(job: dict[str, Any]) -> str:
@@ -120,7 +200,7 @@ def _worker(document: dict[str, Any]) -> str:
 
 
 def _lines(title: str, document: dict[str, Any], facts: dict[str, str]) -> str:
-    lines = [title, *(f"  {label:<12} {value}" for label, value in facts.items())]
+    lines = [title, *(folded(f"{label:<12} {value}", "  ") for label, value in facts.items())]
     lines += [
         f"  {row['type']:<12} {row['device']}: {row['commands']} commands, {row['in-flight']} in flight, "
         f"{row['errors']} failed"
@@ -131,22 +211,17 @@ def _lines(title: str, document: dict[str, Any], facts: dict[str, str]) -> str:
 
 def _row(document: dict[str, Any]) -> Row:
     if "subtype" in document:
-        return (f"{document['device']} {document['config']}", document["subtype"], *("-",) * 7)
+        return (f"{document['device']} {document['config']}", document["subtype"], UNKNOWN, *("-",) * 3)
     if document["stage"] == "down":
-        return (document["resource"], "-", "down", "-", "-", "-", "-", "-", document["error"] or "-")
-    dirty = document["overlays"]["active-bytes"] + document["overlays"]["hidden-bytes"]
-    dirty = dirty if document["mode"] == "secondary" else document["out-of-sync-bytes"]
-    jobs = ", ".join(f"{job['type']} {_percent(job)} %" for job in document["jobs"])
+        return (document["resource"], "-", UNPROTECTED, "-", "down", "-")
+    protection, link = document["protection"], document["link"]
     return (
         document["resource"],
         document["mode"],
-        document["stage"],
-        str(document["epoch"]),
-        _link(document),
-        str(document["link"]["in-flight"]),
-        format_size(dirty),
-        jobs or "-",
-        _error(document) or "-",
+        PROTECTED if protection["protected"] else UNPROTECTED,
+        _short(protection.get("since")).removesuffix(" UTC"),
+        link["state"],
+        format_size(document["out-of-sync-bytes"]),
     )
 
 
@@ -154,7 +229,3 @@ def _link(document: dict[str, Any]) -> str:
     link = document["link"]
     words = [link["state"], link["peer"], f"({link['reason']})" if link.get("reason") else ""]
     return " ".join(word for word in words if word)
-
-
-def _percent(job: dict[str, Any]) -> int:
-    return 100 * job["offset"] // job["length"] if job["length"] else 100

@@ -12,20 +12,32 @@ import click
 
 from tcmu_replication.cli import exits, output
 from tcmu_replication.cli.ask import STATUS_S, all_at_once, ask
+from tcmu_replication.errors import Error, Kind
 
 PERIOD_S = 0.5
 Document = dict[str, Any]
 
 
 def run(run_directory: Path, names: Sequence[str], *, detailed: bool, as_json: bool, watch: bool) -> None:
-    """Show the status of `names`; exit status 4 if one of them is down."""
+    """Show the status of `names`; the exit status says the worst of them.
+
+    That is 5 if one may not be asked, else 4 if one is down, else 8 if one is not
+    protected. LUNs that are no resources are never protected, and do not count.
+    """
     if watch:
         _watch(run_directory, names, detailed=detailed, as_json=as_json)
         return
     documents = fetch(run_directory, names)
-    click.echo(_json(documents, detailed) if as_json else _text(documents, detailed), nl=True)
+    click.echo(_json(documents, detailed) if as_json else _text(documents, detailed))
+    if status := _exit_status(documents):
+        sys.exit(status)
+
+
+def _exit_status(documents: Sequence[Document]) -> int:
     if any(document.get("stage") == "down" for document in documents):
-        sys.exit(exits.ABSENT)
+        return exits.ABSENT
+    resources = [document for document in documents if "subtype" not in document]
+    return 0 if all(document["protection"]["protected"] for document in resources) else exits.UNPROTECTED
 
 
 def devices(run_directory: Path) -> list[str]:
@@ -34,8 +46,14 @@ def devices(run_directory: Path) -> list[str]:
 
 
 def fetch(run_directory: Path, names: Sequence[str]) -> list[Document]:
-    """The status documents of `names`, asked at the same time; a worker that fails to answer is "down"."""
+    """The status documents of `names`, asked at the same time; a worker that fails to answer is "down".
+
+    Raises PERMISSION if this user may not ask: that says nothing of the resource.
+    """
     answers = all_at_once(names, lambda name: ask(run_directory, name, "query-status", timeout=STATUS_S))
+    for answer in answers:
+        if answer.error is not None and answer.error.kind is Kind.PERMISSION:
+            raise Error(Kind.PERMISSION, f"permission denied: only root may ask ({answer.error})")
     return [
         answer.result
         if answer.error is None
@@ -50,19 +68,19 @@ def _text(documents: Sequence[Document], detailed: bool) -> str:
     return output.table(documents) if documents else "no resources on this host"
 
 
-def _json(documents: Sequence[Document], detailed: bool) -> str:
+def _json(documents: Sequence[Document], detailed: bool, indent: int | None = 2) -> str:
     import json
 
-    return json.dumps(documents[0] if detailed else documents, indent=2)
+    return json.dumps(documents[0] if detailed else documents, indent=indent)
 
 
 def _watch(run_directory: Path, names: Sequence[str], *, detailed: bool, as_json: bool) -> None:
-    """On a terminal redraw in place; elsewhere print what has changed."""
+    """On a terminal redraw in place; elsewhere print what has changed: JSON as a document a line."""
     before = ""
     try:
         while True:
             documents = fetch(run_directory, names)
-            text = _json(documents, detailed) if as_json else _text(documents, detailed)
+            text = _json(documents, detailed, None) if as_json else _text(documents, detailed)
             if text != before:
                 if not as_json:
                     click.clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from tcmu_replication.cli import exits
 from tcmu_replication.units import MiB, format_size
 from tests.lab import target
 from tests.lab.channel import Command
@@ -113,7 +114,9 @@ class Pair:
 
     def command(self, host: Host, verb: str, *options: str) -> Any:
         """Gives a host a management command about the resource; its result."""
-        done = host.run([PROGRAM, verb, NAME, "--json", *options])
+        done = host.run([PROGRAM, verb, NAME, "--json", *options], check=verb != "status")
+        if verb == "status":
+            assert done.returncode in (0, exits.UNPROTECTED), done.stderr
         answer = json.loads(done.stdout)
         return answer[0]["result"] if verb != "status" else answer
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tcmu_replication.cli import exits
 from tests.support.tools import PATIENCE_S
 
 HOSTS = {"alpha": ("primary", "127.0.0.1"), "beta": ("secondary", "127.0.0.2")}
@@ -135,8 +136,12 @@ class Worker:
         return done
 
     def status(self) -> dict:
-        """`status disk0 --json`."""
-        return json.loads(self.cli("status", "disk0", "--json").stdout)
+        """`status disk0 --json`, protected or not."""
+        done = self.cli("status", "disk0", "--json", check=False)
+        assert done.returncode in (0, exits.UNPROTECTED), (
+            f"{done.stdout}{done.stderr}\n{self.log.read_text()}"
+        )
+        return json.loads(done.stdout)
 
     def io(self, *commands: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """qemu-io commands on this host's LUN."""

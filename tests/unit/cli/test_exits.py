@@ -6,4 +6,4 @@ from tcmu_replication.errors import Kind
 
 def test_tables_are_complete() -> None:
     assert set(exits.STATUS_OF_KIND) == set(Kind)
-    assert set(exits.STATUS_OF_KIND.values()) | {0} == set(exits.MEANINGS)
+    assert set(exits.STATUS_OF_KIND.values()) | {0, exits.UNPROTECTED} == set(exits.MEANINGS)

@@ -288,13 +288,86 @@ def test_status_of_all_shows_who_is_down(workers: Workers) -> None:
     workers.serve("disk0", query_status=status(jobs=[commit(45)]))
     result = command("status")
     assert result.exit_code == exits.ABSENT
-    header, first, second = result.stdout.splitlines()
-    assert header.split()[:4] == ["RESOURCE", "MODE", "STAGE", "EPOCH"]
-    assert first.split()[:4] == ["disk0", "secondary", "running", "7"]
-    assert "connected 192.0.2.1" in first
-    assert "commit 45 %" in first
-    assert second.split()[:3] == ["disk1", "-", "down"]
+    header, first, second = result.stdout.splitlines()[:3]
+    assert header.split()[:3] == ["RESOURCE", "ROLE", "PROTECTED"]
+    assert first.split()[:3] == ["disk0", "secondary", "yes"]
+    assert "connected" in first
+    assert second.split()[:5] == ["disk1", "-", "NO", "-", "down"]
+    assert "disk1: DOWN: nobody serves at" in result.stdout
     assert "other" not in result.stdout
+
+
+UNSAFE = schema.Protection(
+    protected=False,
+    level="unprotected",
+    words="the link to alpha is down",
+    since="2026-01-02T03:04:05Z",
+    advice="see to it",
+)
+
+
+@pytest.mark.parametrize("arguments", [["disk0"], ["disk0", "--json"], [], ["--json"]])
+def test_status_is_0_only_when_all_that_is_shown_is_protected(workers: Workers, arguments: list[str]) -> None:
+    """An unprotected pair was `running`, green, exit status 0."""
+    workers.serve("disk1", query_status=status(resource="disk1"))
+    workers.serve("disk0", query_status=status(protection=UNSAFE))
+    assert command("status", *arguments).exit_code == exits.UNPROTECTED
+    assert command("status", "disk1").exit_code == 0
+
+
+def test_status_of_a_user_without_rights_is_an_error_and_no_stage(
+    workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user without rights read that the resource was down."""
+
+    def refuse(path: Path) -> None:
+        raise Error(Kind.PERMISSION, f"{path}: only root may control a resource")
+
+    monkeypatch.setattr("tcmu_replication.control.client.Client.unix", refuse)
+    for arguments in (["status"], ["status", "disk0", "--json"], ["errors"]):
+        result = command(*arguments)
+        assert result.exit_code == exits.DENIED
+        assert "only root may" in result.stderr
+        assert "down" not in result.stdout
+
+
+def test_watch_prints_a_json_document_a_line(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents of many lines, with nothing between them, are no stream."""
+    from tcmu_replication.cli import status as view
+
+    rounds = iter([None, None])
+
+    def next_round(seconds: float) -> None:
+        if next(rounds, "end") == "end":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(view.time, "sleep", next_round)
+    workers.serve("disk0", query_status=[status(epoch=7), status(epoch=7), status(epoch=8)])
+    result = command("status", "disk0", "--watch", "--json")
+    assert [json.loads(line)["epoch"] for line in result.stdout.splitlines()] == [7, 8]
+
+
+@pytest.mark.parametrize(
+    ("link", "said"),
+    [
+        (
+            schema.Link(state="lost", peer="beta", since="2026-01-02T03:04:05Z"),
+            "disk0: the link to beta is down since 2026-01-02T03:04:05Z (no answer to 'peer-hello'",
+        ),
+        (
+            schema.Link(state="connected", peer="beta"),
+            "disk0: beta does not answer (no answer to 'peer-hello'",
+        ),
+    ],
+)
+def test_worker_whose_peer_is_silent_does_not_hang(workers: Workers, link: schema.Link, said: str) -> None:
+    """A checkpoint while the link was cut said that the worker hangs."""
+    late = Error(Kind.TIMED_OUT, "no answer to 'peer-hello' in 10 s")
+    workers.serve("disk0", checkpoint=late, query_status=status(link=link))
+    result = command("checkpoint", "disk0")
+    assert result.exit_code == exits.LATE
+    assert said in result.stderr
+    assert "hangs" not in result.stderr
 
 
 def test_status_of_one_in_words(workers: Workers) -> None:
@@ -302,7 +375,8 @@ def test_status_of_one_in_words(workers: Workers) -> None:
     result = command("status", "disk0")
     assert result.exit_code == 0
     for words in (
-        "disk0: running",
+        "disk0: protected since",
+        "stage        running",
         "secondary on beta",
         "active 4 KiB, hidden 1 MiB",
         "2 in flight (8 KiB)",
@@ -328,17 +402,36 @@ def test_status_shows_luns_of_other_handlers(workers: Workers) -> None:
         device="uio3", subtype="file", config="/srv/image", size=1 << 20, pid=1, version="0.1.0"
     )
     workers.serve("uio3", schema.DEVICE_COMMANDS, query_status=lun)
-    assert command("status").stdout.splitlines()[-1].split()[:3] == ["uio3", "/srv/image", "file"]
+    assert command("status").stdout.splitlines()[3].split()[:3] == ["uio3", "/srv/image", "file"]
     assert "handler      file" in command("status", "uio3").stdout
 
 
 def test_errors_of_all(workers: Workers) -> None:
-    workers.serve("disk0", query_errors=schema.ErrorStatus(error=True, desc="I/O error occurred"))
-    workers.serve("disk1", query_errors=schema.ErrorStatus(error=False))
+    error = schema.ErrorStatus(error=True, desc="I/O error occurred")
+    since = "2026-01-02T03:04:05Z"
+    workers.serve("disk0", query_errors=error, query_status=status(error_since=since, protection=UNSAFE))
+    workers.serve("disk1", query_errors=schema.ErrorStatus(error=False), query_status=status())
     result = command("errors")
-    assert result.stdout == "disk0: I/O error occurred\ndisk1: no error\n"
+    assert result.stdout.splitlines() == [
+        f"disk0: I/O error occurred, since {since}",
+        "disk0: NOT PROTECTED since 2026-01-02 03:04:05 UTC: the link to alpha is down",
+        "  what to do: see to it",
+        "disk1: no error",
+    ]
     assert result.exit_code == exits.FAILED
     assert command("errors", "disk1").exit_code == 0
+    answers = json.loads(command("errors", "--json").stdout)
+    assert [answer["result"]["protection"]["protected"] for answer in answers] == [False, True]
+
+
+def test_errors_says_that_nothing_is_protected_though_no_error_is_recorded(workers: Workers) -> None:
+    """The secondary had lost its power, and the primary said `no error`."""
+    workers.serve(
+        "disk0", query_errors=schema.ErrorStatus(error=False), query_status=status(protection=UNSAFE)
+    )
+    result = command("errors", "disk0")
+    assert result.exit_code == exits.UNPROTECTED
+    assert "disk0: NOT PROTECTED since 2026-01-02 03:04:05 UTC: the link to alpha is down" in result.stdout
 
 
 def test_check_says_what_is_wrong_with_which_file(place: Path) -> None:

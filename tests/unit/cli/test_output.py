@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 from typing import Any
 
+import click
 import pytest
-from rich.console import Console
 
 from tcmu_replication.cli import output
 from tcmu_replication.control import schema
@@ -19,28 +19,90 @@ def document(**changes: Any) -> dict[str, Any]:
     return schema.COMMANDS["query-status"].encode(status(**changes))
 
 
+LOST = schema.Protection(
+    protected=False,
+    level="unprotected",
+    words="the link to beta is down (no answer in 3 s)",
+    since="2026-01-02T03:04:05.678+00:00",
+    advice="see whether beta is on, and whether the network carries the link; " * 3,
+)
+
+
+class Terminal(io.StringIO):
+    """What takes the place of a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def use_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal of 80 columns takes the place of standard output."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr("sys.stdout", Terminal())
+
+
 def test_plain_table_is_aligned_and_has_no_trailing_blank() -> None:
     text = output.plain(output.rows([document(), DOWN]))
     lines = text.splitlines()
     assert all(line == line.rstrip() for line in lines)
-    column = lines[0].index("STAGE")
-    assert lines[1][column:].startswith("running")
-    assert lines[2][column:].startswith("down")
+    column = lines[0].index("PROTECTED")
+    assert lines[1][column:].startswith("yes")
+    assert lines[2][column:].startswith("NO")
 
 
-def test_table_of_a_terminal_shows_every_name_whole_in_80_columns() -> None:
-    screen = io.StringIO()
-    rows = output.rows([document(link=schema.Link(state="lost", peer="192.0.2.1", reason="no answer")), DOWN])
-    Console(file=screen, width=80).print(output.rich_table(rows))
-    text = screen.getvalue()
-    assert all(word in text for word in ("disk0", "secondary", "running", "lost", "disk1", "down"))
+@pytest.mark.parametrize("mode", ["primary", "secondary"])
+def test_status_of_a_terminal_fits_80_columns_and_shows_every_word_whole(
+    monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """At 80 columns an error was folded to 8 characters a line."""
+    use_terminal(monkeypatch)
+    link = schema.Link(state="connecting", peer="beta", reason="no answer")
+    text = output.table([document(mode=mode, link=link, protection=LOST, out_of_sync_bytes=1 << 40), DOWN])
+    assert max(map(len, click.unstyle(text).splitlines())) <= 80
+    detail = output.detail(document(mode=mode, link=link, protection=LOST, error="a reason " * 30))
+    assert max(map(len, detail.splitlines())) <= 80
+    joined = " ".join(click.unstyle(text).split())
+    for words in (
+        "disk0",
+        mode,
+        "NO",
+        "connecting",
+        "2026-01-02 03:04:05",
+        "1 TiB",
+        "disk1: DOWN: nobody serves",
+    ):
+        assert words in joined
+    assert "disk0: NOT PROTECTED since 2026-01-02 03:04:05 UTC: the link to beta is down (no answer" in joined
+    assert "what to do: see whether beta is on" in joined
 
 
-def test_dirty_is_what_the_overlays_hold_or_what_the_peer_lacks() -> None:
-    column = output.HEADERS.index("dirty")
-    secondary = document(overlays=schema.Overlays(active_bytes=4096, hidden_bytes=8192))
-    primary = document(mode="primary", out_of_sync_bytes=65536)
-    assert [row[column] for row in output.rows([secondary, primary])] == ["12 KiB", "64 KiB"]
+def test_protected_or_not_comes_first_in_the_detail() -> None:
+    first, second, *_ = output.detail(document(protection=LOST)).splitlines()
+    assert first == (
+        "disk0: NOT PROTECTED since 2026-01-02 03:04:05 UTC: the link to beta is down (no answer in 3 s)"
+    )
+    assert second.startswith("  what to do: ")
+    assert output.detail(document()).startswith("disk0: protected since 2026-01-02 03:00:00 UTC: every write")
+
+
+def test_detail_has_what_was_heard_and_what_is_under_way() -> None:
+    link = schema.Link(state="connected", peer="beta", heard="2026-01-02T03:04:05Z")
+    since = "2026-01-02T03:04:06Z"
+    text = output.detail(document(link=link, last_forwarded=since, checkpoint_under_way_since=since))
+    assert "beta at 2026-01-02 03:04:05 UTC, last write at 2026-01-02 03:04:06 UTC" in text
+    assert "a checkpoint, since 2026-01-02 03:04:06 UTC" in text
+
+
+def test_call_of_a_disk_that_hangs_is_told_below_the_table() -> None:
+    assert "disk0: a write has not returned" in output.table([document(hangs="a write has not returned")])
+
+
+def test_colours_are_for_terminals_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "\x1b" not in output.table([document(protection=LOST)])
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr("sys.stdout", Terminal())
+    assert "\x1b[31m" in output.table([document(protection=LOST)])
 
 
 @pytest.mark.parametrize(

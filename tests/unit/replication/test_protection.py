@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tcmu_replication.replication.protection import TABLE, Facts, judge, row_of
+from tcmu_replication.replication.protection import TABLE, VALUES, Facts, judge, row_of
 from tcmu_replication.replication.stages import Stage
 
 THEN = "2026-01-02T03:04:05+00:00"
@@ -165,3 +165,11 @@ def test_protected_only_if_every_fact_is_good(found: Facts) -> None:
     assert verdict.protected == (not any(bad))
     assert verdict.words
     assert verdict.protected or verdict.advice
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
+def test_row_stands_in_the_documentation(row: Any) -> None:
+    """As `| words | what to do |`, with the values in capitals."""
+    names = {value: value.upper().replace("_", " ") for value in VALUES}
+    words, advice = (text.format_map(names) for text in (row.words, row.advice or "nothing"))
+    assert f"| {words} | {advice} |" in FILE.read_text()
