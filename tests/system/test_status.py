@@ -1,0 +1,44 @@
+"""What a real pair says of itself while it is, and is not, protected."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tcmu_replication.cli import exits
+from tests.support.processes import Pair
+from tests.support.qemu import until
+
+
+def test_pair_whose_secondary_is_gone_is_not_protected_though_no_error_is_recorded(tmp_path: Path) -> None:
+    """The secondary lost its power: `errors` said `no error`, `status` was green with exit status 0."""
+    with Pair(tmp_path, size=16 << 20, link={"reconnect-delay": 0.5, "timeout": 2.0}) as pair:
+        before = pair.alpha.cli("status", check=False)
+        assert before.returncode == exits.UNPROTECTED
+        assert "disk0: NOT PROTECTED" in before.stdout
+        pair.replicate()
+        until(lambda: pair.alpha.cli("status", check=False).returncode == 0, "protection")
+        assert pair.alpha.cli("errors").stdout == "disk0: no error\n"
+        assert pair.beta.cli("status", "disk0").stdout.startswith("disk0: protected")
+
+        pair.beta.kill()
+        pair.alpha.io("write -P 0x11 0 64k")  # held for the reconnect-delay, then alone
+        for words in (["status"], ["status", "disk0"], ["status", "disk0", "--json"]):
+            assert pair.alpha.cli(*words, check=False).returncode == exits.UNPROTECTED
+        told = pair.alpha.cli("errors", "disk0", check=False)
+        assert told.returncode == exits.FAILED
+        assert "disk0: NOT PROTECTED" in told.stdout
+        assert "copy the whole disk of alpha over that of beta" in told.stdout
+        down = pair.beta.cli("status", check=False)
+        assert down.returncode == exits.ABSENT
+        assert "disk0: DOWN: nobody serves" in down.stdout
+
+
+def test_stopped_pair_is_not_protected_on_either_host(tmp_path: Path) -> None:
+    """`none` and `done` were exit status 0 too."""
+    with Pair(tmp_path, size=16 << 20) as pair:
+        pair.replicate()
+        for worker in (pair.alpha, pair.beta):
+            worker.cli("stop", "disk0")
+            told = worker.cli("errors", "disk0", check=False)
+            assert told.returncode == exits.UNPROTECTED
+            assert "replication is not running" in told.stdout
