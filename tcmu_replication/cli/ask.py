@@ -93,7 +93,8 @@ def _advice(run: Path, name: str, kind: Kind) -> str:
     known = workers(run)
     if name in known:
         row = known[name]
-        return f". The daemon says: {row['state']}" + (f", {row['error']}" if row.get("error") else "")
+        since = f" since {row['down-since']}" if row.get("down-since") else ""
+        return f". The daemon says: {row['state']}{since}" + (f", {row['error']}" if row.get("error") else "")
     if known:
         return ". The daemon runs but has no such resource: see `tcmu-replication check`"
     return ". Is the daemon running? See `systemctl status tcmu-replication`"

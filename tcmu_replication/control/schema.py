@@ -221,13 +221,17 @@ class DeviceStatus(Document, frozen=True, kw_only=True):
 
 
 class WorkerInfo(Document, frozen=True, kw_only=True):
-    """A worker as the manager sees it; `error` is its last words if it ended, or why it was not started."""
+    """A worker as the manager sees it; `error` is its last words if it ended, or why it was not started.
+
+    `down_since` is when it first ended since it last served.
+    """
 
     name: str
     state: Literal["starting", "running", "waiting", "stopping", "stopped", "failed"]
     pid: Count | None = None
     restarts: Count = 0
     error: str | None = None
+    down_since: str | None = None
 
 
 COMMANDS = table(

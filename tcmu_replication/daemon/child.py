@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime
 import logging
 import os
 import signal
@@ -51,6 +52,7 @@ class Child:
         self.name = name
         self.state: State = "stopped"
         self.error: str | None = None
+        self.down_since: str | None = None
         self.pid: int | None = None
         self.restarts = restarts
         self._arguments = list(arguments)
@@ -70,7 +72,12 @@ class Child:
     def info(self) -> WorkerInfo:
         """The row of query-workers."""
         return WorkerInfo(
-            name=self.name, state=self.state, pid=self.pid, restarts=self.restarts.count, error=self.error
+            name=self.name,
+            state=self.state,
+            pid=self.pid,
+            restarts=self.restarts.count,
+            error=self.error,
+            down_since=self.down_since,
         )
 
     def start(self) -> None:
@@ -146,6 +153,7 @@ class Child:
     def _serves(self) -> None:
         self.state = "running"
         self.error = None
+        self.down_since = None
         self._ready(self)
 
     def _ended(self) -> None:
@@ -171,6 +179,7 @@ class Child:
         )
         self.state = "failed" if hopeless else "waiting"
         self.error = self._words or how
+        self.down_since = self.down_since or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self._retry = self._loop.call_later(delay_s, self.start)
 
     def _cancel_retry(self) -> None:

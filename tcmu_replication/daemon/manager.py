@@ -268,6 +268,11 @@ class Manager:
         for name, error in self._wrong.items():
             row = rows.get(name, schema.WorkerInfo(name=name, state="failed"))
             rows[name] = schema.WorkerInfo(
-                name=name, state=row.state, pid=row.pid, restarts=row.restarts, error=str(error)
+                name=name,
+                state=row.state,
+                pid=row.pid,
+                restarts=row.restarts,
+                error=str(error),
+                down_since=row.down_since,
             )
         return list(rows.values())

@@ -284,6 +284,13 @@ def test_worker_that_is_not_there_and_why(workers: Workers) -> None:
     assert "has no such resource" in command("checkpoint", "disk9").stderr
 
 
+def test_worker_that_is_not_there_and_since_when(workers: Workers) -> None:
+    since = "2026-01-02T03:04:05+00:00"
+    row = schema.WorkerInfo(name="disk0", state="waiting", error="was killed by SIGKILL", down_since=since)
+    workers.serve("_manager", schema.MANAGER_COMMANDS, query_workers=[row])
+    assert f"The daemon says: waiting since {since}, was killed by SIGKILL" in command("status").stdout
+
+
 def test_status_of_all_shows_who_is_down(workers: Workers) -> None:
     workers.serve("disk0", query_status=status(jobs=[commit(45)]))
     result = command("status")

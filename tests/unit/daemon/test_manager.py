@@ -176,9 +176,11 @@ def test_killed_worker_is_started_again_at_once_every_time(with_manager: Callabl
         row = (await rig.workers())["disk0"]
         assert (row["restarts"], row["pid"]) == (3, last.pid)
         assert row["error"].endswith("was killed by SIGKILL")
+        assert row["down-since"]
         assert last.pid not in pids
         await last.tell("ready")
-        assert (await rig.until("disk0", "running"))["error"] is None
+        row = await rig.until("disk0", "running")
+        assert (row["error"], row["down-since"]) == (None, None)
 
     with_manager(body)
 
