@@ -60,15 +60,16 @@ class Remote(Node):
     says that nothing will be written, so that a read-only export will do.
     `reconnect_delay` and `open_timeout` (seconds, as all times here) are QEMU's
     options, 0 by default: no waiting, one attempt. `timeout` bounds an attempt to
-    connect and how long the server may leave a request unanswered. `verify` is
+    connect and how long the server may be silent while it owes an answer. `verify` is
     awaited, within `timeout`, before each connection counts; it raises Error to refuse it,
     and with CONFLICT to refuse it for good: then requests do not wait any longer.
     `on_state(state, reason)` hears of every change. With `tls` every connection is inside of it.
 
     A server without FUA gets a flush behind the write; without write-zeroes,
     zeroes; without trim, discards end at once without effect; without flush,
-    so do flushes. A request that is not a multiple of the server's minimum
-    block size is refused as UNALIGNED.
+    so do flushes. That is decided when a request is sent, which may be long after
+    it was made. A request that is not a multiple of the server's minimum block
+    size is refused as UNALIGNED.
     """
 
     def __init__(
