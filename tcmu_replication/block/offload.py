@@ -55,15 +55,16 @@ class Offload:
         self._under_way = 0
         self._closed = False
         self._calls: SimpleQueue[tuple[Pending, Callable[[], Any], str] | None] = SimpleQueue()
-        self._ended: deque[tuple[Pending, Error | None, Any]] = deque()
+        self._ended: deque[tuple[Pending, Exception | None, Any]] = deque()
         self._told = False
         self._running: dict[int, Call] = {}
 
     def __call__(self, call: Callable[[], Any], doing: str) -> Pending:
         """Run `call()` in a thread. The Pending gets its value, or its `Error`. On the loop's thread only.
 
-        An OSError is translated with `doing` ("flush /dev/sdb"). Raises `Error`
-        CANCELLED after `close`.
+        An OSError is translated with `doing` ("flush /dev/sdb"). Any other exception is a defect: the
+        loop's exception handler gets it, which should end the process, and the Pending does not end.
+        Raises `Error` CANCELLED after `close`.
         """
         if self._closed:
             raise Error(Kind.CANCELLED, f"{doing}: this process is shutting down")
@@ -113,14 +114,16 @@ class Offload:
                 left -= 1
                 self._under_way -= 1
                 pending, error, value = self._ended.popleft()
+                if error is not None and not isinstance(error, Error):
+                    raise error
                 pending.complete(error, value)
         finally:
-            if left:  # a completion raised: the others come first all the same
+            if left:  # a completion or a call raised: the others come first all the same
                 self._loop.call_soon(self._tell)
 
 
-def _outcome(call: Callable[[], Any], doing: str) -> tuple[Error | None, Any]:
-    """The error or the value of a call."""
+def _outcome(call: Callable[[], Any], doing: str) -> tuple[Exception | None, Any]:
+    """The error (or the defect) or the value of a call."""
     try:
         return None, call()
     except Error as met:
@@ -129,7 +132,6 @@ def _outcome(call: Callable[[], Any], doing: str) -> tuple[Error | None, Any]:
         error = from_os(met, doing)
         error.__cause__ = met
         return error, None
-    except Exception as met:  # a defect must fail the request, for nobody reads the thread's end
-        error = Error(Kind.IO, f"{doing}: {met!r}")
-        error.__cause__ = met
-        return error, None
+    except Exception as met:
+        met.add_note(f"in a thread, while doing: {doing}")
+        return met, None

@@ -45,6 +45,9 @@ RESOURCE_SUBTYPE = "replication"
 VENDOR = "LIO-ORG"
 """What LIO's other backstores call themselves."""
 
+DEFECT = 70
+"""The exit status of a worker that a defect has ended (EX_SOFTWARE of sysexits.h)."""
+
 _PR_SET_IO_FLUSHER = 57
 
 
@@ -141,13 +144,21 @@ class Worker:
         await control.close()
 
     def _defect(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """An exception that nobody handled is a bug: end at once, the next process takes the LUN up."""
-        loop.default_exception_handler(context)
+        """An exception that nobody handled is a bug: end at once, the next process takes the LUN up.
+
+        An OSError that asyncio met by itself is the world's (no descriptors left, a network gone). One that came out
+        of a callback of ours (it has a handle) is a bug too.
+        """
         error = context.get("exception")
-        # An OSError is the world's (no descriptors left, a network gone), not ours.
-        if isinstance(error, Exception) and not isinstance(error, OSError):
+        worldly = isinstance(error, OSError) and "handle" not in context
+        if not isinstance(error, Exception) or worldly:
+            loop.default_exception_handler(context)
+            return
+        try:  # without memory even to log may fail
+            loop.default_exception_handler(context)
             log.critical("%s: ended by a defect; what was acknowledged is safe", self.name)
-            os._exit(70)
+        finally:
+            os._exit(DEFECT)
 
     # --- devices
 

@@ -10,6 +10,10 @@ A client that does not read its replies, or asks for more than the node can do,
 is not read from until it has less than MAX_OWED bytes and MAX_IN_FLIGHT
 requests with us. A client that breaks the protocol is hung up on, with one
 line in the log. What the node was asked before a connection ended, goes on.
+
+An exception that is no `Error` is a defect, and goes to the loop's exception
+handler, which should end the process: to hang up and live on would leave the
+nodes below half done, with requests that wait for ever.
 """
 
 from __future__ import annotations
@@ -160,9 +164,6 @@ class Connection:
             self._run()
         except Error as error:
             log.warning("NBD client %s: %s; hung up", self.peer, error)
-            self.abort()
-        except Exception:
-            log.exception("NBD client %s: hung up on a defect of ours", self.peer)
             self.abort()
         if not self.closed:
             self._send()

@@ -55,6 +55,8 @@ class Worker:
         self.disk = self.directory / "disk.img"
         self.overlays = self.directory / "overlays"
         self.socket = self.directory / "lun.sock"
+        self.module = "tcmu_replication"
+        """What `start` runs; another module may prepare something and then do the same."""
         self.log = self.directory / "log"
         self.process: subprocess.Popen[bytes] | None = None
         self.overlays.mkdir(parents=True)
@@ -80,7 +82,7 @@ class Worker:
         return [
             sys.executable,
             "-m",
-            "tcmu_replication",
+            self.module,
             f"--config={self.directory / 'etc'}",
             f"--run={self.directory / 'run'}",
             f"--host={self.host}",

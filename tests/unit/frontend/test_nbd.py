@@ -675,15 +675,23 @@ def test_lie_in_the_handshake_is_hung_up_on_with_one_line(
     live(tmp_path, body)
 
 
-def test_defect_of_a_node_ends_its_connection_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("defect", [MemoryError, AssertionError, KeyError, OSError])
+def test_defect_of_a_node_goes_to_the_loop(tmp_path: Path, defect: type[Exception]) -> None:
+    """A3: the worker ends, as it does for the ring's frontend; to hang up and live on leaves requests half done."""
+
     async def body(it: House) -> None:
-        other, raw = await it.client(), await it.client()
-        it.memory.flush = lambda: 1 // 0  # type: ignore[method-assign, assignment, return-value]
-        await raw.ask(Command.FLUSH)
-        assert await raw.hung_up()
-        assert "ZeroDivisionError" in caplog.text
-        await other.ask(Command.READ, 0, 1)
-        assert (await other.chunk())[1] == 1
+        loop = asyncio.get_running_loop()
+        met: asyncio.Future[object] = loop.create_future()
+        loop.set_exception_handler(lambda _, what: met.done() or met.set_result(what.get("exception")))
+
+        def raises(*_: object) -> None:
+            raise defect("a defect")
+
+        it.memory.write = raises  # type: ignore[method-assign]
+        raw = await it.client()
+        await raw.say(protocol.REQUEST.pack(protocol.REQUEST_MAGIC, 0, Command.WRITE, 7, 0, 4) + b"data")
+        assert type(await met) is defect
+        raw.sock.close()
 
     live(tmp_path, body)
 
