@@ -48,6 +48,7 @@ from tcmu_replication.block import boot
 from tcmu_replication.block.file import File
 from tcmu_replication.block.offload import Offload
 from tcmu_replication.block.pending import Pending
+from tcmu_replication.block.reserve import Reserve
 from tcmu_replication.errors import Error, Kind, from_os
 from tcmu_replication.units import BLOCK, round_up
 
@@ -114,13 +115,16 @@ class AllocationMap:
     slots from there on are nobody's. `crowded` asks for a flush: there are MANY marks without one.
     """
 
-    def __init__(self, path: str, length: int, offload: Offload | None = None) -> None:
+    def __init__(
+        self, path: str, length: int, offload: Offload | None = None, reserve: Reserve | None = None
+    ) -> None:
         """Open the map of a disk of `length` bytes. Raises `Error` BAD_CONFIG if it is not that.
 
-        Marks that were not flushed in an earlier boot are undone.
+        Marks that were not flushed in an earlier boot are undone. `reserve` is what it leaves of the filesystem.
         """
         self.path = path
         self._offload = offload
+        self._reserve = reserve
         self.here = 0
         self.zero = 0
         self.slots = 0
@@ -231,6 +235,8 @@ class AllocationMap:
             return
         for page in range(first // PER_PAGE, _pages(last)):
             if not self._safe[page]:
+                if self._reserve is not None:
+                    self._reserve.take(PAGE)
                 self._file.write(PAGE + page * PAGE, [_EMPTY_PAGE])
                 self._safe[page] = 1
 

@@ -46,6 +46,7 @@ from tcmu_replication.block.file import File
 from tcmu_replication.block.node import Buffers, Extent, Node
 from tcmu_replication.block.offload import Offload
 from tcmu_replication.block.pending import Pending, after, attempt, gather
+from tcmu_replication.block.reserve import Reserve
 from tcmu_replication.block.space import create_sparse
 from tcmu_replication.errors import Error, Kind, from_os
 from tcmu_replication.units import BLOCK, format_size, round_down, round_up
@@ -72,20 +73,24 @@ class Overlay(Node):
         offload: Offload | None = None,
         limit: int | None = None,
         make_space: Callable[[], bool] = lambda: False,
+        reserve: Reserve | None = None,
     ) -> None:
         """Open an existing overlay of `backing`.
 
         With `limit` writes fail with NO_SPACE that would store more bytes than
-        that. On a full filesystem `make_space()` is asked to free some, and if it
-        says that it has, the write is tried again. Raises `Error` NOT_FOUND, CONFLICT (in use), or BAD_CONFIG: not an
-        overlay of this length, or one whose creation was not finished.
+        that, with `reserve` those that would use the last part of the filesystem.
+        There and on a full filesystem `make_space()` is asked to free some, and if
+        it says that it has, the write is tried again. Raises `Error` NOT_FOUND,
+        CONFLICT (in use), or BAD_CONFIG: not an overlay of this length, or one
+        whose creation was not finished.
         """
         super().__init__(name, backing.length, backing)
         self.path = os.fspath(path)
         self.limit = limit
         self._make_space = make_space
         self._released = False
-        self._map = AllocationMap(f"{self.path}.map", self.length, offload)
+        self._reserve = reserve
+        self._map = AllocationMap(f"{self.path}.map", self.length, offload, reserve)
         try:
             self.data: Node = File(f"{self.path}.data", follow=False, offload=offload)
         except Error:
@@ -114,6 +119,7 @@ class Overlay(Node):
         offload: Offload | None = None,
         limit: int | None = None,
         make_space: Callable[[], bool] = lambda: False,
+        reserve: Reserve | None = None,
         recycled: str | Path | None = None,
     ) -> Overlay:
         """Make an empty overlay and open it; flush it before anything durable names it.
@@ -134,7 +140,9 @@ class Overlay(Node):
                 map_path, allocation_map.file_size(backing.length), allocation_map.header(backing.length)
             )
             made.append(map_path)
-            return cls(name, path, backing, offload=offload, limit=limit, make_space=make_space)
+            return cls(
+                name, path, backing, offload=offload, limit=limit, make_space=make_space, reserve=reserve
+            )
         except BaseException:
             for leftover in made:
                 os.unlink(leftover)
@@ -519,6 +527,8 @@ class Overlay(Node):
                 f"{self.name}: the overlay {self.path} holds the {format_size(MAX_SLOTS * BLOCK)} "
                 "that an overlay can hold; make a checkpoint",
             )
+        if self._reserve is not None:
+            self._reserve.take(count * BLOCK)
         self._tail += count
         return slot
 

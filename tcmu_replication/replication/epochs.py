@@ -10,7 +10,9 @@ The data files of a pair whose epoch is over are kept as `spare.hidden.data` and
 `spare.active.data`, and serve the epoch after next: finding new space for every
 block of every epoch, and freeing it again, costs more than the copying. What is
 kept is never in anybody's way: it is no more than the filesystem has left, and
-when the filesystem is full all of it is given back before a write fails.
+when the filesystem is full all of it is given back before a write fails. Full means
+that the overlays would use the last part of it, see `block.reserve`; an open pair
+needs no space that it does not have.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from tcmu_replication.block import space
 from tcmu_replication.block.node import Node
 from tcmu_replication.block.offload import Offload
 from tcmu_replication.block.overlay import Overlay
+from tcmu_replication.block.reserve import Reserve
 from tcmu_replication.errors import Error, from_os
 from tcmu_replication.units import BLOCK
 
@@ -60,6 +63,7 @@ class Epochs:
         self._disk = disk
         self._offload = offload
         self._limit = limit
+        self._reserve = Reserve(directory)
         self._reclaimable: list[Overlay] = []
 
     def _path(self, epoch: int, role: str) -> Path:
@@ -86,6 +90,7 @@ class Epochs:
             offload=self._offload,
             limit=self._limit,
             make_space=self._make_space,
+            reserve=self._reserve,
             recycled=self._spare(role),
         )
         return self._note(overlay)
@@ -107,6 +112,7 @@ class Epochs:
             offload=self._offload,
             limit=self._limit,
             make_space=self._make_space,
+            reserve=self._reserve,
         )
         return self._note(overlay)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import subprocess
 from collections.abc import Iterator
@@ -9,11 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from tcmu_replication.block.gate import Gate
 from tcmu_replication.block.memory import Memory
+from tcmu_replication.block.offload import Offload
 from tcmu_replication.block.overlay import Overlay
+from tcmu_replication.block.reserve import reserve_of
 from tcmu_replication.errors import Error, Kind
+from tcmu_replication.jobs.commit import Commit
 from tcmu_replication.replication.epochs import Epochs, Pair
-from tcmu_replication.units import BLOCK
+from tcmu_replication.units import BLOCK, MiB
 
 LENGTH = 64 * BLOCK
 DATA = b"d" * BLOCK
@@ -121,7 +127,7 @@ def test_full_filesystem_gives_back_what_is_kept_before_a_write_fails(
     kept = Path(f"{pair.active.path}.data") if later != "spare" else small / "spare.active.data"
     assert occupied(kept) == 16 * BLOCK
     room = os.statvfs(small)
-    blocks = room.f_bavail * room.f_frsize // BLOCK
+    blocks = (room.f_bavail * room.f_frsize - reserve_of(room.f_blocks * room.f_frsize)) // BLOCK
     # Only hidden is written to, which has no use for what active's file holds.
     written, error = fill_up(pair.hidden)
     assert error.kind is Kind.NO_SPACE
@@ -208,3 +214,70 @@ def test_pairs_destroyed_are_not_remembered(tmp_path: Path, disk: Memory) -> Non
     pair = epochs.create(1)
     assert epochs._reclaimable == [*pair]
     pair.close()
+
+
+def room(folder: Path) -> tuple[int, int]:
+    """Bytes that are left of a file system, and those that overlays leave."""
+    found = os.statvfs(folder)
+    return found.f_bavail * found.f_frsize, reserve_of(found.f_blocks * found.f_frsize)
+
+
+def save_all(overlay: Overlay) -> None:
+    for block in range(LENGTH // BLOCK):
+        overlay.save(block * BLOCK, memoryview(DATA))
+
+
+@pytest.mark.parametrize("how", ["save", "write"])
+def test_overlays_leave_the_last_part_of_the_filesystem(small: Path, disk: Memory, how: str) -> None:
+    """A1."""
+    pair = Epochs(small, disk).create(1)
+    with pytest.raises(Error) as caught:
+        save_all(pair.hidden) if how == "save" else fill(pair, LENGTH // BLOCK)
+    assert caught.value.kind is Kind.NO_SPACE
+    assert "make room there" in str(caught.value)
+    left, reserve = room(small)
+    assert reserve <= left < reserve + 2 * BLOCK
+    (small / "record").write_bytes(bytes(reserve))
+
+
+def test_marks_of_zeroes_leave_the_last_part_too(small: Path) -> None:
+    """A1: a trim of a whole LUN stores nothing but the map's pages."""
+    disk = Memory(512 * MiB)
+    pair = Epochs(small, disk).create(1)
+    with pytest.raises(Error) as caught:
+        pair.active.zero(0, disk.length)
+    assert caught.value.kind is Kind.NO_SPACE
+    left, reserve = room(small)
+    assert left >= reserve
+
+
+def test_pair_is_opened_read_and_committed_with_no_byte_left(small: Path, disk: Memory) -> None:
+    """A1: neither a restart nor a failover, to the latest or to the checkpoint, needs space that is not there."""
+
+    async def story() -> None:
+        epochs = Epochs(small, disk)
+        before = epochs.create(1)
+        for block in range(4):
+            before.hidden.save(block * BLOCK, memoryview(DATA))
+            before.active.write((block + 2) * BLOCK, [memoryview(b"a" * BLOCK)])
+        before.active.zero(8 * BLOCK, BLOCK)
+        before.active.flush()
+        before.close()
+        with open(small / "filler", "wb", buffering=0) as filler, contextlib.suppress(OSError):
+            while filler.write(bytes(BLOCK)):
+                pass
+        assert room(small)[0] == 0
+        pair = Epochs(small, disk).open(1)
+        expected = bytes(pair.active.fetch(0, LENGTH))
+        assert expected[: 9 * BLOCK] == DATA * 2 + b"a" * 4 * BLOCK + b"o" * 2 * BLOCK + bytes(BLOCK)
+        pair.active.write(2 * BLOCK, [memoryview(b"b" * BLOCK)])
+        offload = Offload(threads=2)
+        commit = Commit("commit", pair.active, pair.hidden, disk, Gate(pair.active), offload)
+        await commit.run()
+        offload.close()
+        assert disk.data == expected.replace(b"a" * BLOCK, b"b" * BLOCK, 1)
+        assert pair.active.allocated_bytes == pair.hidden.allocated_bytes == 0
+        Epochs(small, disk).remove(pair)()
+        assert files(small) == {"filler"}
+
+    asyncio.run(asyncio.wait_for(story(), 30))
