@@ -60,3 +60,27 @@ def test_worker_that_dies_on_a_full_overlay_file_system_is_started_again(
         pair.beta.io("read -P 0x22 0 1M")
         said = worker.cli("check")
         assert "left; expected at least 1 MiB: make room there" in " ".join(said.stdout.split())
+
+
+@pytest.mark.parametrize("to", ["latest", "checkpoint"])
+def test_overlay_that_fills_its_file_system_forbids_neither_restart_nor_failover(
+    tmp_path: Path, to: str
+) -> None:
+    pair = Pair(tmp_path, size=SIZE)
+    with small(pair.beta.overlays), pair:
+        pair.replicate()
+        pair.alpha.io("write -P 0x22 0 1M", "flush")
+        pair.alpha.cli("checkpoint", "disk0")
+        for at in range(0, 16, 2):  # pre-images that are not zeroes come with the second round
+            pair.alpha.io(f"write -P 0x33 {at}M 2M")
+        pair.alpha.cli("checkpoint", "disk0")
+        for at in range(0, 16, 2):
+            pair.alpha.io(f"write -P 0x44 {at}M 2M")
+        assert "make room there" in pair.beta.log.read_text()
+        room = os.statvfs(pair.beta.overlays)
+        assert room.f_bavail * room.f_frsize >= MiB, "an eighth is left"
+        pair.alpha.kill()
+        pair.beta.kill()
+        pair.beta.start()
+        pair.beta.cli("failover", "disk0", "--to", to, "--wait")
+        pair.beta.io("read -P 0x44 0 1M" if to == "latest" else "read -P 0x33 0 16M")
