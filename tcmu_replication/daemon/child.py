@@ -3,6 +3,10 @@
 Its end is seen through a pidfd, so that no thread and no signal handler is
 needed. A worker that outlived an earlier manager is taken over by the lock
 beside its control socket: a new manager stalls no LUN.
+
+A worker says every half second that it lives (WATCHDOG=1), also while a disk
+holds its loop, for then SIGKILL could not end it and its guardian answers. One
+that has said so once and falls silent is killed: stopped, or in an endless loop.
 """
 
 from __future__ import annotations
@@ -28,6 +32,12 @@ log = logging.getLogger(__name__)
 
 HOPELESS = (2,)
 """Exit statuses that another try will not change soon: wrong usage or configuration (cli.exits)."""
+SILENT_LOOKS = 8
+"""So many looks without a word and it is killed. With a start after it that is well below 20 s, when a ring's
+commands would be answered BUSY, and 30 s, when the kernel makes errors of them; and longer than a busy machine lets
+a process wait for its turn."""
+LOOK_S = 1.0
+"""Counted in looks, not by a clock: a manager that was stopped itself accuses nobody."""
 STOP_S = 30.0
 """More than a worker's own limit for commands under way; then it is killed, which loses nothing acknowledged."""
 
@@ -37,6 +47,8 @@ class Child:
 
     `ready` is called each time it says that it serves, `listen` before its end
     is judged: it hands over what it had said (`said`), its last words above all.
+    `down` is called when it serves no more: it has the kernel answer for the
+    worker's devices, and says whether there are any.
     """
 
     def __init__(
@@ -48,6 +60,8 @@ class Child:
         restarts: Restarts,
         ready: Callable[[Child], None],
         listen: Callable[[], None],
+        down: Callable[[Child], bool],
+        look_s: float = LOOK_S,
     ) -> None:
         self.name = name
         self.state: State = "stopped"
@@ -60,6 +74,10 @@ class Child:
         self._socket = socket
         self._ready = ready
         self._listen = listen
+        self._down = down
+        self._look_s = look_s
+        self._silent: int | None = None  # looks since its last word; None before its first
+        self._looking: asyncio.TimerHandle | None = None
         self._words: str | None = None
         self._loop = asyncio.get_running_loop()
         self._process: subprocess.Popen[bytes] | None = None
@@ -92,6 +110,8 @@ class Child:
     def said(self, message: Mapping[str, str]) -> None:
         """What it told its service manager (sd_notify(3))."""
         self._words = message.get("STATUS", self._words)
+        if message.get("WATCHDOG") == "1":
+            self._silent = 0
         if message.get("READY") == "1" and self.state == "starting":
             self._serves()
 
@@ -149,6 +169,24 @@ class Child:
         self.pid = pid
         self._gone.clear()
         self._loop.add_reader(self._pidfd, self._ended)
+        self._silent = None
+        self._looking = self._loop.call_later(self._look_s, self._look)
+
+    def _look(self) -> None:
+        """Has it said a word since the last look? What waits to be read counts."""
+        self._looking = self._loop.call_later(self._look_s, self._look)
+        self._listen()
+        if self._silent is None or self.state == "stopping":
+            return
+        self._silent += 1
+        if self._silent == SILENT_LOOKS:
+            self._words = f"it hung: no sign of life for {SILENT_LOOKS * self._look_s:.0f} s"
+            log.error("%s: process %s is killed, %s", self.name, self.pid, self._words)
+            self._signal(signal.SIGKILL)
+        elif self._silent == SILENT_LOOKS + 1:
+            self.error = f"{self._words}, and SIGKILL does not end it: a disk hangs"
+            log.error("%s: %s", self.name, self.error)
+            self._down(self)
 
     def _serves(self) -> None:
         self.state = "running"
@@ -159,6 +197,8 @@ class Child:
     def _ended(self) -> None:
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
+        if self._looking is not None:
+            self._looking.cancel()
         self._listen()
         process, self._process = self._process, None
         pid, self.pid = self.pid, None
@@ -173,7 +213,9 @@ class Child:
         self._died(f"process {pid} {_how(status)}", hopeless=status in HOPELESS)
 
     def _died(self, how: str, *, hopeless: bool) -> None:
-        delay_s = self.restarts.died(self._loop.time() - self._started_s, hopeless=hopeless)
+        waited_for = self._down(self)
+        lived_s = self._loop.time() - self._started_s
+        delay_s = self.restarts.died(lived_s, hopeless=hopeless and not waited_for)
         log.error(
             "%s: %s; it is started again %s", self.name, how, f"in {delay_s:g} s" if delay_s else "at once"
         )

@@ -136,8 +136,9 @@ class Guardian:
         return words(seconds, oldest.doing) if seconds >= SLOW_S else None
 
     def _turn(self) -> None:
-        """On the loop."""
+        """On the loop. The manager ends a worker that it has not heard for some seconds (daemon.child)."""
         self._turned_s = time.monotonic()
+        systemd.notify(WATCHDOG=1)
         self._turning = self._loop.call_later(TURN_S, self._turn)
 
     # --- the other thread

@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Protocol
 
 from tcmu_replication.control import lock, schema
@@ -24,7 +25,7 @@ from tcmu_replication.control.connection import Connection
 from tcmu_replication.control.server import Server
 from tcmu_replication.control.session import Session
 from tcmu_replication.daemon import config, handler, places, program
-from tcmu_replication.daemon.child import Child
+from tcmu_replication.daemon.child import LOOK_S, Child
 from tcmu_replication.daemon.config import Resource
 from tcmu_replication.daemon.notices import Notices
 from tcmu_replication.daemon.places import Context
@@ -32,7 +33,7 @@ from tcmu_replication.daemon.restarts import Restarts
 from tcmu_replication.errors import Error, Kind
 from tcmu_replication.host import systemd
 from tcmu_replication.host.udev import Event, Monitor
-from tcmu_replication.tcmu import uio
+from tcmu_replication.tcmu import configfs, uio
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +83,8 @@ class Manager:
         command: Sequence[str],
         monitor: DeviceEvents,
         delays_s: tuple[float, ...] | None = None,
+        look_s: float = LOOK_S,
+        core: Path = configfs.CORE,
     ) -> None:
         self._context = context
         self._command = [
@@ -93,6 +96,8 @@ class Manager:
         ]
         self._monitor = monitor
         self._delays_s = delays_s
+        self._look_s = look_s
+        self._core = core
         self._children: dict[str, Child] = {}
         self._resources: dict[str, Resource] = {}
         self._wrong: dict[str, Error] = {}
@@ -173,6 +178,8 @@ class Manager:
             restarts,
             self._is_ready,
             self._listen,
+            self._is_down,
+            self._look_s,
         )
         self._children[name].start()
 
@@ -201,9 +208,32 @@ class Manager:
 
     def _is_ready(self, child: Child) -> None:
         log.info("%s: serves", child.name)
-        for identity in self._devices.values():
-            if identity.subtype == REPLICATION and identity.config == child.name:
+        for identity in self._devices_of(child):
+            if identity.subtype == REPLICATION:
                 self._tell(identity, "attach-device")
+
+    def _devices_of(self, child: Child) -> list[uio.Identity]:
+        return [
+            identity
+            for identity in self._devices.values()
+            if child.name == (identity.config if identity.subtype == REPLICATION else identity.uio)
+        ]
+
+    def _is_down(self, child: Child) -> bool:
+        """Nobody is at the rings of its devices: the kernel answers BUSY, and initiators try again.
+
+        Commands left in a ring would be I/O errors after the kernel's own time-out. The
+        next worker, taking a device up, undoes it.
+        """
+        devices = self._devices_of(child)
+        for identity in devices:
+            store = configfs.Backstore(identity.hba, identity.name, self._core)
+            try:
+                store.block()
+                store.reset_ring()
+            except Error as error:  # it is being removed, or not enabled yet
+                log.warning("%s: %s is not made to answer BUSY: %s", child.name, identity.uio, error)
+        return bool(devices)
 
     # Devices
 

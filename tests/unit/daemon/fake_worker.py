@@ -3,6 +3,7 @@
 It connects to the hub, says its process and its arguments, and obeys lines:
     ready            tell the manager that it serves
     words TEXT       tell the manager a STATUS
+    alive            tell the manager a sign of life, the only one
     exit N           end with status N
     deaf             ignore SIGTERM
     hold PATH        take the lock beside a control socket
@@ -47,6 +48,8 @@ async def main() -> None:
         match verb:
             case "ready":
                 systemd.notify(READY=1)
+            case "alive":
+                systemd.notify(WATCHDOG=1)
             case "words":
                 systemd.notify(STATUS=rest)
             case "exit":

@@ -215,6 +215,9 @@ def test_manager_is_not_told_that_a_worker_lives_which_could_be_killed(
 
         def story(worker: Worker) -> None:
             worker.hangs()
+            with contextlib.suppress(BlockingIOError):  # what the loop said while it turned
+                while manager.recv(4096):
+                    pass
             seen = worker.frontend.steps
             while worker.frontend.steps < seen + 2:
                 time.sleep(0.05)
@@ -222,6 +225,23 @@ def test_manager_is_not_told_that_a_worker_lives_which_could_be_killed(
                 manager.recv(4096)
 
         stuck(tmp_path, story)
+
+
+def test_loop_that_turns_tells_the_manager_that_the_worker_lives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """lio-findings 6."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.setblocking(False)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+
+        async def run() -> None:
+            async with working(tmp_path):
+                for _ in range(2):
+                    assert await asyncio.get_running_loop().sock_recv(manager, 4096) == b"WATCHDOG=1"
+
+        asyncio.run(asyncio.wait_for(run(), PATIENCE_S))
 
 
 def test_call_in_a_thread_that_takes_long_is_told_with_its_age(

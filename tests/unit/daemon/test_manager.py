@@ -85,6 +85,7 @@ class Rig:
         self.devices = Devices()
         self.present: dict[str, uio.Identity] = {}
         self.hub = place / "hub"
+        self.core = place / "core"
         patch.setenv("FAKE_HUB", str(self.hub))
         patch.setattr(uio, "devices", lambda: iter(self.present.values()))
         patch.setattr(uio, "identify", self.present.get)
@@ -94,8 +95,17 @@ class Rig:
     def write(self, name: str, text: str = GOOD) -> None:
         (self.context.config_directory / f"{name}.toml").write_text(text.replace("disk0", name))
 
-    def make(self, delays_s: tuple[float, ...] = (0.0,)) -> Manager:
-        return Manager(self.context, [sys.executable, fake_worker.__file__], self.devices, delays_s)
+    def make(self, delays_s: tuple[float, ...] = (0.0,), look_s: float = 1.0) -> Manager:
+        command = [sys.executable, fake_worker.__file__]
+        return Manager(self.context, command, self.devices, delays_s, look_s, self.core)
+
+    def backstore(self, identity: uio.Identity) -> Path:
+        """A device's directory in a configfs of files."""
+        path = self.core / f"user_{identity.hba}" / identity.name
+        (path / "action").mkdir(parents=True)
+        for action in ("block_dev", "reset_ring"):
+            (path / "action" / action).touch()
+        return path
 
     async def next(self) -> Fake:
         return await self.fakes.get()
@@ -411,3 +421,83 @@ def test_device_of_another_handler_gets_a_worker_of_its_own(with_manager: Callab
         await fake.gone()
 
     with_manager(body, prepare)
+
+
+def test_devices_of_a_worker_that_died_answer_busy_until_the_next_takes_them_up(
+    with_manager: Callable[..., None],
+) -> None:
+    """lio-findings 5: what waits in a ring that nobody serves becomes an I/O error after 30 s."""
+    stores: list[Path] = []
+
+    def prepare(rig: Rig) -> None:
+        rig.write("disk0")
+        rig.present["uio0"] = identity("uio0", "replication", "disk0")
+        rig.present["uio1"] = identity("uio1", "replication", "another")._replace(name="other")
+        stores.extend(rig.backstore(device) for device in rig.present.values())
+
+    async def body(rig: Rig, manager: Manager) -> None:
+        await (await rig.next()).tell("exit 1")
+        await rig.until("disk0", "waiting")
+        assert [(stores[0] / "action" / name).read_text() for name in ("block_dev", "reset_ring")] == [
+            "1",
+            "1",
+        ]
+        assert (stores[1] / "action" / "block_dev").read_text() == ""
+
+    with_manager(body, prepare, delays_s=(NEVER_S,))
+
+
+def test_wrong_configuration_that_an_initiator_waits_for_is_tried_again_soon(
+    with_manager: Callable[..., None],
+) -> None:
+    """lio-findings 5. The backstore is being removed: its directory has gone, which is no reason to stop."""
+
+    def prepare(rig: Rig) -> None:
+        rig.write("disk0")
+        rig.present["uio0"] = identity("uio0", "replication", "disk0")
+
+    async def body(rig: Rig, manager: Manager) -> None:
+        await (await rig.next()).tell("exit 2")
+        await rig.next()
+
+    with_manager(body, prepare, delays_s=(0.0,))
+
+
+def test_worker_that_falls_silent_is_killed_and_started_again(with_manager: Callable[..., None]) -> None:
+    """lio-findings 6: one that hung was left alone, and the initiator got an I/O error."""
+
+    async def body(rig: Rig, manager: Manager) -> None:
+        fake = await rig.next()
+        await fake.tell("ready")
+        await fake.tell("alive")
+        await fake.gone()
+        again = await rig.next()
+        row = (await rig.workers())["disk0"]
+        assert (row["pid"], row["restarts"]) == (again.pid, 1)
+        assert "it hung: no sign of life" in row["error"]
+
+    with_manager(body, look_s=0.02)
+
+
+def test_worker_that_outlived_a_manager_is_watched_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """lio-findings 6: the path to which it says that it lives is the same."""
+
+    async def main() -> None:
+        rig = Rig(tmp_path, monkeypatch)
+        rig.write("disk0")
+        monkeypatch.setenv("NOTIFY_SOCKET", str(rig.context.run_directory / "_manager.notify"))
+        async with rig.listening():
+            orphan = await asyncio.create_subprocess_exec(sys.executable, fake_worker.__file__, "orphan")
+            fake = await rig.next()
+            await fake.tell(f"hold {socket_path(rig.context.run_directory, 'disk0')}")
+            manager = rig.make(look_s=0.02)
+            await manager.open()
+            await fake.tell("alive")
+            await fake.gone()
+            assert await orphan.wait() == -signal.SIGKILL
+            await rig.next()
+            await manager.close()
+
+    asyncio.run(asyncio.wait_for(main(), LIMIT_S))
