@@ -104,7 +104,8 @@ class Worker:
                     stderr=log,
                     env={**os.environ, "NOTIFY_SOCKET": str(address)},
                 )
-            said = notices.recv(4096)
+            while (said := notices.recv(4096)) == b"WATCHDOG=1":  # it lives, and does not serve yet
+                pass
         assert b"READY=1" in said, f"{said!r}\n{self.log.read_text()}"
 
     def kill(self) -> None:
