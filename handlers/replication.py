@@ -25,12 +25,14 @@ from typing import ClassVar, Literal
 
 import tcmu_replication
 from tcmu_replication.block import space
+from tcmu_replication.block.disk_name import disk_name
 from tcmu_replication.block.file import File
 from tcmu_replication.block.mirror import Failure
 from tcmu_replication.block.node import Node
 from tcmu_replication.block.offload import Offload
 from tcmu_replication.block.remote import Remote, State
 from tcmu_replication.control import qemu_block_schema, schema
+from tcmu_replication.control.qemu import ControllersCheckpoint, ControllersStart
 from tcmu_replication.control.server import Handler as CommandHandler
 from tcmu_replication.control.server import Server as ControlServer
 from tcmu_replication.control.session import Session
@@ -38,14 +40,17 @@ from tcmu_replication.daemon import config as resources
 from tcmu_replication.daemon.config import QemuHost, Resource
 from tcmu_replication.daemon.handler import Backstore, Context, Handler
 from tcmu_replication.daemon.host_check import check_certificates, check_host
-from tcmu_replication.errors import Error, Kind
+from tcmu_replication.errors import Error, Kind, one_line
 from tcmu_replication.frontend.nbd import Export
 from tcmu_replication.frontend.nbd import Server as NbdServer
 from tcmu_replication.nbd.uri import Tcp, Unix
+from tcmu_replication.jobs.compare import digests
 from tcmu_replication.replication.epochs import Epochs
 from tcmu_replication.replication.peer import ControlPeer
-from tcmu_replication.replication.primary import Peer, Primary
+from tcmu_replication.replication.peer_state import News, Peer
+from tcmu_replication.replication.primary import Primary
 from tcmu_replication.replication.protection import Facts, judge
+from tcmu_replication.replication.pulse import Heard, Pulse
 from tcmu_replication.replication.qemu_peer import QemuPeer
 from tcmu_replication.replication.secondary import Secondary
 from tcmu_replication.replication.stages import Mode, Stage
@@ -137,6 +142,7 @@ class PairBackstore(Backstore):
         self._stage = engine.stage
         self._lun_server: NbdServer | None = None
         commands: dict[str, CommandHandler] = {
+            "init": self._init,
             "start": self._start,
             "checkpoint": self._checkpoint,
             "failover": self._failover,
@@ -193,21 +199,34 @@ class PairBackstore(Backstore):
     # --- commands
 
     async def _start(self, arguments: schema.Start, session: Session) -> schema.Outcome:
-        done = await self.engine.start(self.engine.mode, anew=arguments.assume_clean)
-        return self._outcome(done)
+        if isinstance(arguments, ControllersStart):
+            return self._outcome(await self.engine.start(self.engine.mode))
+        return self._outcome(await self._start_again(arguments))
 
-    async def _stop(self, arguments: schema.Nothing, session: Session) -> schema.Outcome:
-        return self._outcome(await self.engine.stop())
+    async def _start_again(self, arguments: schema.Start) -> bool:
+        raise NotImplementedError
+
+    async def _init(self, arguments: schema.Nothing, session: Session) -> None:
+        await self.engine.init()
+        self._tell_stage()
+
+    async def _stop(self, arguments: schema.Stop, session: Session) -> schema.Outcome:
+        return self._outcome(await self.engine.stop(force=arguments.force))
 
     async def _failover(self, arguments: schema.Failover, session: Session) -> schema.FailoverStarted | None:
         to = self.resource.failover_to(arguments.to)
-        if not await self.engine.failover(latest=to == "latest"):
+        if not await self.engine.failover(
+            latest=to == "latest", force=arguments.force, fenced=arguments.fenced
+        ):
             return None
         self._tell_stage()
         return schema.FailoverStarted(to=to, stage=self.engine.stage.value)
 
     async def _checkpoint(self, arguments: schema.Nothing, session: Session) -> schema.Checkpoint | None:
-        if await self.engine.checkpoint() is None:
+        return await self._make_checkpoint("")
+
+    async def _make_checkpoint(self, name: str) -> schema.Checkpoint | None:
+        if await self.engine.checkpoint(name) is None:
             return None
         made = self._last_checkpoint()
         if made is not None:
@@ -333,7 +352,7 @@ class PrimaryBackstore(PairBackstore):
         mine = resource.host(host)
         self._peer_name, theirs = resource.peer(host)
         self._since = _now()
-        self._detached_since: str | None = None
+        pulse = None
         link = resource.link
         self._address = Tcp(theirs.address, link.port) if link.socket is None else Unix(link.socket)
         self._client_tls = self._tls(self._peer_name, theirs.address, server_side=False)
@@ -351,6 +370,7 @@ class PrimaryBackstore(PairBackstore):
                 generation=lambda: self.engine.manifest.generation,
                 tls=self._client_tls,
             )
+            pulse = Pulse(resource.name)
         engine = Primary(
             resource.name,
             disk,
@@ -359,8 +379,29 @@ class PrimaryBackstore(PairBackstore):
             Path(mine.overlays),
             detach=resource.on_local_error == "detach",
             failed=self._child_failed,
+            stage_changed=self._tell_stage,
+            pulse=pulse,
+            heard=Heard(link.dead_after),
+            wait_after_crash=resource.after_crash == "wait",
+            disk_name=disk_name(mine.disk),
+            peer_name=self._peer_name,
         )
         super().__init__(resource, host, disk, offload, engine, connect=lambda: self._connect(engine.verify))
+
+    async def _start_again(self, arguments: schema.Start) -> bool:
+        if arguments.discard_my_data:
+            raise Error(
+                Kind.BAD_REQUEST,
+                f"{self.resource.name}: --discard-my-data is for the host whose data is given up, and that is the "
+                "secondary",
+            )
+        return await self.engine.start(
+            self.engine.mode,
+            again=True,
+            compare=True,
+            assume_clean=arguments.assume_clean,
+            force=arguments.force,
+        )
 
     def _connect(self, verify: Callable[[], Awaitable[None]]) -> Remote:
         """A remote node for the secondary's export, not yet open."""
@@ -473,13 +514,51 @@ class SecondaryBackstore(PairBackstore):
             publish=self._publish,
             withdraw=self._withdraw,
             stage_changed=self._tell_stage,
+            heard=Heard(resource.link.dead_after),
+            in_use=self._user,
+            disk_name=disk_name(mine.disk),
+            peer_name=self._peer_name,
         )
         super().__init__(resource, host, disk, offload, engine, link_server=self._server)
         self.commands |= {
             "peer-hello": self._peer_hello,
             "peer-prepare": self._peer_prepare,
             "peer-checkpoint": self._peer_checkpoint,
+            "peer-digests": self._peer_digests,
         }
+
+    def _user(self) -> str | None:
+        """Who uses the LUN."""
+        if self._lun_server is not None and self._lun_server.connections:
+            return f"{self._lun_server.connections} NBD clients"
+        return self.devices()
+
+    async def _start_again(self, arguments: schema.Start) -> bool:
+        if arguments.force:
+            raise Error(
+                Kind.BAD_REQUEST,
+                f"{self.resource.name}: start --force is for a primary that is not ready; this host is the secondary",
+            )
+        return await self.engine.start(
+            self.engine.mode,
+            again=True,
+            assume_clean=arguments.assume_clean,
+            discard=arguments.discard_my_data,
+        )
+
+    async def _checkpoint(self, arguments: schema.Nothing, session: Session) -> schema.Checkpoint | None:
+        """Of this end alone only where a controller, or QEMU, is the other: else the pair's would be two."""
+        if (
+            not isinstance(arguments, ControllersCheckpoint)
+            and not self._theirs.qemu
+            and self.engine.stage is Stage.RUNNING
+        ):
+            raise Error(
+                Kind.INVALID_STATE,
+                f"a checkpoint of {self.resource.name} is the pair's: make it on the primary ({self._peer_name}), "
+                f"with tcmu-replication checkpoint {self.resource.name}",
+            )
+        return await self._make_checkpoint("")
 
     async def _publish(self, node: Node) -> None:
         self._server.publish(node)
@@ -555,21 +634,44 @@ class SecondaryBackstore(PairBackstore):
                 f"protocol {arguments.protocol} is not spoken here, only {schema.PROTOCOL}; "
                 "run the same version on both hosts",
             )
+        await self.engine.hear(
+            arguments.generation,
+            News(
+                arguments.verified,
+                arguments.outdated_since,
+                one_line(arguments.reason),
+                arguments.missed_bytes,
+            ),
+        )
+        if arguments.settled:
+            await self.engine.settled()
         return self._state()
 
     async def _peer_prepare(self, arguments: schema.PeerEpoch, session: Session) -> None:
         await self.engine.prepare_checkpoint(arguments.epoch)
 
-    async def _peer_checkpoint(self, arguments: schema.PeerEpoch, session: Session) -> schema.PeerState:
+    async def _peer_checkpoint(self, arguments: schema.PeerCheckpoint, session: Session) -> schema.PeerState:
         """End the epoch, once: the primary may have to ask again when its connection was lost."""
-        if arguments.epoch == self.engine.epoch:
-            await self._checkpoint(schema.Nothing(), session)
-        elif arguments.epoch + 1 != self.engine.epoch:
+        made = self.engine.manifest.checkpoint_id == arguments.name
+        if not made and arguments.epoch != self.engine.epoch:
             raise Error(
                 Kind.CONFLICT,
                 f"the secondary is in epoch {self.engine.epoch}, the primary believes {arguments.epoch}",
             )
+        if not made:
+            await self._make_checkpoint(arguments.name)
         return self._state()
+
+    async def _peer_digests(self, arguments: schema.PeerRange, session: Session) -> schema.PeerDigests:
+        if arguments.offset + arguments.length > self.resource.size:
+            raise Error(
+                Kind.OUT_OF_RANGE,
+                f"outside the disk of {self.resource.size} bytes",
+                offset=arguments.offset,
+                length=arguments.length,
+            )
+        found = await digests(self.disk, arguments.offset, arguments.length, arguments.piece, self._offload)
+        return schema.PeerDigests(digests=found)
 
     def _state(self) -> schema.PeerState:
         engine = self.engine
@@ -579,6 +681,9 @@ class SecondaryBackstore(PairBackstore):
             generation=engine.manifest.generation,
             length=self.resource.size,
             error=engine.machine.error,
+            checkpoint_name=engine.manifest.checkpoint_id,
+            paired=engine.manifest.paired,
+            promoted_at=engine.manifest.promoted_at,
         )
 
 

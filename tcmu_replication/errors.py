@@ -31,6 +31,8 @@ class Kind(enum.Enum):
     PEER_LIED = "peer broke the protocol"
     TIMED_OUT = "timed out"
     CANCELLED = "cancelled"
+    NOT_READY = "not ready"
+    BECOMING_READY = "not ready yet"
 
 
 class Error(Exception):

@@ -41,7 +41,7 @@ import struct
 import zlib
 from array import array
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from tcmu_replication.block import boot
@@ -317,6 +317,10 @@ class AllocationMap:
         settled = Pending()
         self._turn().then(partial(self._settle_more, named, settled))
         return settled
+
+    def tell_lost(self, told: Callable[[Error], None]) -> None:
+        """Tell `told`, once, when a sync of the map has failed."""
+        self._file.on_lost = told
 
     def close(self, *, empty: bool = False) -> None:
         """Unmap and unlock; `empty` the file first if it is about to be removed. Twice is fine.

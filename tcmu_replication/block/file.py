@@ -160,7 +160,11 @@ class File(Node):
         every later flush fails too, until the file is opened again.
         """
         if self._offload is None:
-            self._fdatasync()
+            try:
+                self._fdatasync()
+            except Error:
+                self._tell_lost()
+                raise
             return None
         if self._syncing is None:
             self._syncing = self._in_thread(self._fdatasync, "flush", self._synced)
@@ -238,8 +242,10 @@ class File(Node):
             self._lost = from_os(error, f"flush {self.path}")
             raise self._lost from error
 
-    def _synced(self, _: Pending) -> None:
+    def _synced(self, ended: Pending) -> None:
         self._syncing = None
+        if ended.error is not None:
+            self._tell_lost()
         waiting, self._sync_again = self._sync_again, None
         if waiting is None:
             return
@@ -250,6 +256,12 @@ class File(Node):
             return
         assert again is not None
         again.then(lambda ended: waiting.complete(ended.error))
+
+    def _tell_lost(self) -> None:
+        """On the loop's thread, once."""
+        told, self.on_lost = self.on_lost, None
+        if told is not None and self._lost is not None:
+            told(self._lost)
 
     def _in_thread(
         self, call: Callable[[], None], doing: str, ended: Callable[[Pending], None] | None = None

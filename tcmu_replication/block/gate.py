@@ -144,6 +144,11 @@ class Gate(Node):
         self.child.unplug()
 
     @property
+    def not_ready(self) -> Error | None:  # type: ignore[override]
+        """See `Node.not_ready`: that of what lies below now."""
+        return self.child.not_ready
+
+    @property
     def held(self) -> bool:
         """Whether new requests wait."""
         return self._held

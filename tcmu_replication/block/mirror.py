@@ -15,7 +15,8 @@ it is a zero that gives space back, on both; or nothing, on both, where the loca
 disk cannot give space back and would have to write every byte.
 
 The peer's failures never reach the caller: the filter below swallows and
-records them. What else goes wrong is counted in `errors`, per child, and
+records them, until `refuse` says that this host must not acknowledge anything
+any more. What else goes wrong is counted in `errors`, per child, and
 reported through `report`.
 """
 
@@ -25,6 +26,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from tcmu_replication.block.buffers import size
+from tcmu_replication.block.in_flight import InFlight
 from tcmu_replication.block.node import Buffers, Extent, Node
 from tcmu_replication.block.pending import Pending, attempt, gather
 from tcmu_replication.errors import Error
@@ -65,23 +67,41 @@ class Mirror(Node):
         self._report_to = report
         self._may_detach = may_detach
         self._peer: Node | None = None
+        self._in_flight: InFlight | None = None
+        self._refusal: Error | None = None
+        self.alone: Callable[[], None] | None = None
+        """Called before a write to the local disk without a replica, for as long as it is set."""
 
     @property
     def children(self) -> tuple[Node, ...]:
         return tuple(child for child in (self.disk, self.replica) if child is not None)
 
-    def attach(self, replica: Node, peer: Node) -> None:
+    def attach(
+        self, replica: Node, peer: Node, in_flight: InFlight | None = None, *, detached: bool = False
+    ) -> None:
         """Begin to write to `replica` too; `peer` reads the secondary's disk, should this one fail.
 
-        Nothing may be in flight.
+        What is under way is noted in `in_flight`. With `detached` the local disk has failed
+        earlier already. Nothing may be in flight.
         """
         assert replica.length == self.length, "the engine compared the lengths"
         self.replica = replica
         self._peer = peer
+        self._in_flight = in_flight
+        if detached:
+            self.disk = None
+            self._first = peer
 
     def remove(self) -> None:
         """Stop writing to the replica. Nothing may be in flight."""
-        self.replica = self._peer = None
+        self.replica = self._peer = self._in_flight = None
+
+    def refuse(self, error: Error) -> None:
+        """From now on what the peer does not take is the caller's error, `error`; also what is under way.
+
+        For a host that must not go on alone: its peer was promoted.
+        """
+        self._refusal = error
 
     @property
     def detached(self) -> bool:
@@ -166,6 +186,8 @@ class Mirror(Node):
 
     def _write_disk(self, operation: str, offset: int, length: int, args: tuple) -> Pending | None:
         """Without a replica: the disk alone, its failures reported."""
+        if self.alone is not None:
+            self.alone()
         error, pending = attempt(getattr(self._first, operation), offset, *args)
         if error is None and pending is None:
             return None
@@ -173,6 +195,22 @@ class Mirror(Node):
 
     def _write_both(self, operation: str, offset: int, length: int, args: tuple) -> Pending | None:
         """Both writes at once; ends when both have ended, with the local disk's error."""
+        log = self._in_flight
+        slot = -1 if log is None else log.begin(offset, length)
+        try:
+            whole = self._write_each(operation, offset, length, args)
+        except Error:
+            if log is not None:
+                log.end(slot)
+            raise
+        if log is not None:
+            if whole is None:
+                log.end(slot)
+            else:
+                whole.then(lambda _: log.end(slot))
+        return whole
+
+    def _write_each(self, operation: str, offset: int, length: int, args: tuple) -> Pending | None:
         replica = self.replica
         local = None
         if self.disk is not None:
@@ -229,6 +267,8 @@ class Mirror(Node):
         if child is self.replica:
             # The filter swallows what it forwards; the local disk alone decides, as long as there is one.
             final = self.disk is None
+            if self._refusal is not None:
+                return self._refusal
         elif child is self._peer:
             final = True
         else:

@@ -19,7 +19,7 @@ the latest. Control code that makes single calls does the same.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from tcmu_replication.block.pending import Pending
@@ -41,6 +41,12 @@ class Node:
 
     child: Node
     """The node below; leaves have none. Not a property: every request passes here, at each node."""
+
+    not_ready: Error | None = None
+    """Why nothing is served now, where the disk is there but its data may be old; None if it is served."""
+
+    on_lost: Callable[[Error], None] | None = None
+    """Told, once, that a sync has failed: what was written since the one before may be on no medium."""
 
     def __init__(self, name: str, length: int, child: Node | None = None, *, read_only: bool = False) -> None:
         self.name = name

@@ -266,6 +266,11 @@ class Overlay(Node):
                 found.append(Extent(run, allocated=state == HERE, zero=state == ZERO))
         return merged(found)
 
+    def tell_lost(self, told: Callable[[Error], None]) -> None:
+        """Tell `told`, once, when a sync of the data or of the map has failed."""
+        self.data.on_lost = told
+        self._map.tell_lost(told)
+
     def close(self) -> None:
         """Close the files, then what lies below. Twice is fine."""
         self.release()

@@ -175,6 +175,14 @@ class Remote(Node):
         self._take_back()
         self._queue.fail_all(Error(Kind.CANCELLED, f"{self._who()} was closed"))
 
+    def renew(self, reason: str) -> None:
+        """Hang up and connect anew: what is not answered is sent again when `verify` has agreed."""
+        if self._session is not None:
+            # It was there a moment ago, so it is waited for even where a lost one is not.
+            patience = max(self._reconnect_delay_s, self._timeout_s)
+            self._deadline = asyncio.get_running_loop().time() + patience
+            self._lost(Error(Kind.PEER_LOST, reason))
+
     async def wait_closed(self) -> None:
         """Wait for the end of what `close` has stopped."""
         if self._task is not None:

@@ -30,12 +30,14 @@ _NOT_REACHED = {Kind.PEER_LOST, Kind.CANCELLED, Kind.INVALID_STATE}
 class Closed(Node):
     """Answers every request with an I/O error, as the filter does where the table says EIO."""
 
+    kind = Kind.IO
+
     def __init__(self, length: int, reason: str) -> None:
         super().__init__("closed", length)
         self.reason = reason
 
     def _refuse(self, offset: int | None = None) -> Error:
-        return Error(Kind.IO, self.reason, offset=offset)
+        return Error(self.kind, self.reason, offset=offset)
 
     def read(self, offset: int, buffers: Buffers) -> Pending | None:
         raise self._refuse(offset)
@@ -55,6 +57,23 @@ class Closed(Node):
 
     def extents(self, offset: int, length: int) -> list[Extent]:
         raise self._refuse(offset)
+
+
+class NotReady(Closed):
+    """A disk that must not be served now, though it is there: its data may be old. `reason` says why.
+
+    `waits`: that ends by itself, so initiators do well to try again.
+    """
+
+    def __init__(self, length: int, reason: str, *, waits: bool = False) -> None:
+        super().__init__(length, reason)
+        self.name = "not-ready"
+        self.kind = Kind.BECOMING_READY if waits else Kind.NOT_READY
+        self.not_ready = self._refuse()
+
+    def flush(self) -> Pending | None:
+        """What was written and not flushed may be on no disk that counts: no promise."""
+        raise self._refuse()
 
 
 class Forward(Node):
@@ -216,12 +235,16 @@ def _all(calls: Sequence[Callable[[], Pending | None]]) -> Pending | None:
 
 
 class Replica(Node):
-    """The secondary's filter: reads come from `reads`, writes go to `writes`."""
+    """The secondary's filter: reads come from `reads`, writes go to `writes`.
+
+    `alone` is called before every change, for as long as it is set.
+    """
 
     def __init__(self, name: str, length: int, closed: Closed) -> None:
         super().__init__(name, length)
         self.reads: Node = closed
         self.writes: Node = closed
+        self.alone: Callable[[], None] | None = None
 
     @property
     def children(self) -> tuple[Node, ...]:
@@ -237,12 +260,18 @@ class Replica(Node):
         return self.reads.extents(offset, length)
 
     def write(self, offset: int, buffers: Buffers, fua: bool = False) -> Pending | None:
+        if self.alone is not None:
+            self.alone()
         return self.writes.write(offset, buffers, fua)
 
     def zero(self, offset: int, length: int, fua: bool = False, unmap: bool = True) -> Pending | None:
+        if self.alone is not None:
+            self.alone()
         return self.writes.zero(offset, length, fua, unmap)
 
     def discard(self, offset: int, length: int) -> Pending | None:
+        if self.alone is not None:
+            self.alone()
         return self.writes.discard(offset, length)
 
     def flush(self) -> Pending | None:

@@ -36,6 +36,8 @@ STATUS_OF_KIND: dict[Kind, int] = {
     Kind.PEER_LIED: PEER,
     Kind.TIMED_OUT: LATE,
     Kind.CANCELLED: FAILED,
+    Kind.NOT_READY: STATE,
+    Kind.BECOMING_READY: STATE,
 }
 
 

@@ -47,6 +47,8 @@ CLASS_OF_KIND: dict[Kind, str] = {
     Kind.PEER_LIED: GENERIC,
     Kind.TIMED_OUT: GENERIC,
     Kind.CANCELLED: GENERIC,
+    Kind.NOT_READY: GENERIC,
+    Kind.BECOMING_READY: GENERIC,
 }
 """QEMU's ErrorClass (qapi/error.json) for each kind; its replication answers GenericError, so do we."""
 

@@ -14,13 +14,24 @@ from msgspec import UNSET
 
 from tcmu_replication.control.command import Document, Nothing
 from tcmu_replication.control.qemu_schema import ColoExit, ColoStatus, ErrorStatus, SetReplication
-from tcmu_replication.control.schema import Failover, Start
+from tcmu_replication.control.schema import Failover, Start, Stop
 from tcmu_replication.control.session import Session
 from tcmu_replication.errors import Error, Kind
 
 Handler = Callable[[Any, Session], Awaitable[Any]]
 
+
+class ControllersStart(Start, frozen=True, kw_only=True):
+    """Start, as QEMU means it: who controls both ends vouches for the disks, and a replication that is done stays so."""
+
+
+class ControllersCheckpoint(Nothing, frozen=True, kw_only=True):
+    """Checkpoint, as QEMU means it: of this end alone."""
+
+
 NEEDED = {"query-status", "start", "checkpoint", "failover", "stop-replication", "query-errors"}
+FAILOVER = Failover(to="checkpoint", force=True)
+"""QEMU's failover: it is not asked whether the primary lives, since the controller decides."""
 _NUMBER = {"primary": 0, "secondary": 1}
 _COLO: dict[str, tuple[bool, Literal["none", "request", "error", "processing"]]] = {
     "none": (False, "none"),
@@ -45,9 +56,9 @@ def names(handlers: Mapping[str, Handler], emit: Callable[[str, Document], None]
         if not arguments.enable:
             # A controller that speaks QEMU's language knows which end it talks to: on a primary it is a stop.
             if arguments.failover is True and status.mode == "secondary":
-                await handlers["failover"](Failover(to="checkpoint"), session)
+                await handlers["failover"](FAILOVER, session)
             else:
-                await handlers["stop-replication"](Nothing(), session)
+                await handlers["stop-replication"](Stop(force=True), session)
             return
         if arguments.failover is not UNSET:
             raise Error(Kind.BAD_REQUEST, "Parameter 'failover' is only for stopping replication")
@@ -58,7 +69,7 @@ def names(handlers: Mapping[str, Handler], emit: Callable[[str, Document], None]
                 "The parameter mode's value is invalid, "
                 f"needs {_NUMBER[status.mode]}, but got {_NUMBER[mode]}",
             )
-        await handlers["start"](Start(), session)
+        await handlers["start"](ControllersStart(), session)
 
     async def query_replication_status(arguments: Nothing, session: Session) -> ErrorStatus:
         """QEMU's text ends where our reason begins."""
@@ -68,7 +79,7 @@ def names(handlers: Mapping[str, Handler], emit: Callable[[str, Document], None]
         return ErrorStatus(error=result.error, desc=result.desc.partition(": ")[0])
 
     async def do_checkpoint(arguments: Nothing, session: Session) -> None:
-        await handlers["checkpoint"](arguments, session)
+        await handlers["checkpoint"](ControllersCheckpoint(), session)
 
     async def query_colo_status(arguments: Nothing, session: Session) -> ColoStatus:
         """As QEMU's: the last mode is set as soon as there is one."""
@@ -88,9 +99,9 @@ def names(handlers: Mapping[str, Handler], emit: Callable[[str, Document], None]
         if status.stage != "running":
             raise Error(Kind.INVALID_STATE, "The feature 'colo' is not enabled")
         if status.mode == "primary":
-            await handlers["stop-replication"](arguments, session)
+            await handlers["stop-replication"](Stop(force=True), session)
         else:
-            await handlers["failover"](Failover(to="checkpoint"), session)
+            await handlers["failover"](FAILOVER, session)
         emit("COLO_EXIT", ColoExit(mode=status.mode, reason="request"))
 
     return {

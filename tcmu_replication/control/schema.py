@@ -27,25 +27,52 @@ from tcmu_replication.control.command import (
 )
 from tcmu_replication.control.qemu_schema import ErrorStatus
 
-PROTOCOL = 1
+PROTOCOL = 2
 """What the two ends of a pair say to each other; raised when the meaning of a peer command changes."""
 
 Device = Annotated[str, Meta(pattern=r"^uio[0-9]{1,6}\Z")]
 """A UIO device, as in uio3."""
 Text = Annotated[str, Meta(max_length=256, pattern=r"^[ -~]*\Z")]
+TEXT = 1000
+"""Characters of a longer text."""
+LongText = Annotated[str, Meta(max_length=TEXT)]
+Time = Annotated[str, Meta(max_length=40, pattern=r"^[0-9T:.+Z-]*\Z")]
+"""ISO 8601 in UTC, or empty for never."""
+Digest = Annotated[str, Meta(max_length=64, pattern=r"^[0-9a-f]*\Z")]
+MAX_DIGESTS_LENGTH = 4 << 20
+"""Bytes of which digests may be asked for at once."""
+MIN_PIECE = 4096
 StageName = Literal["none", "running", "failover", "failover-failed", "done"]
 
 
 class Start(Document, frozen=True, kw_only=True):
-    """Arguments of start. `assume_clean`: the operator asserts that both disks hold the same data."""
+    """Arguments of start.
+
+    `assume_clean`: the operator asserts that both disks hold the same data. `force`:
+    on a primary that is not ready, this host's disk is the one that counts.
+    `discard_my_data`: on a secondary, what was written to its LUN may be lost.
+    """
 
     assume_clean: bool = False
+    force: bool = False
+    discard_my_data: bool = False
 
 
 class Failover(Document, frozen=True, kw_only=True):
-    """Arguments of failover. Without `to` the resource file's `failover` says."""
+    """Arguments of failover. Without `to` the resource file's `failover` says.
+
+    `fenced`: whoever asks has made sure that the primary is off. `force`: whatever is given up by it.
+    """
 
     to: Literal["latest", "checkpoint"] | None = None
+    fenced: bool = False
+    force: bool = False
+
+
+class Stop(Document, frozen=True, kw_only=True):
+    """Arguments of stop-replication. `force`: although something here says that it is not safe."""
+
+    force: bool = False
 
 
 class DeviceArguments(Document, frozen=True, kw_only=True):
@@ -55,27 +82,65 @@ class DeviceArguments(Document, frozen=True, kw_only=True):
 
 
 class PeerHello(Document, frozen=True, kw_only=True):
-    """Arguments of peer-hello: the primary introduces itself; without `generation` a new pair begins."""
+    """Arguments of peer-hello: the primary introduces itself; without `generation` a new pair begins.
+
+    It is given every second too. With `settled` it is answered when no other command is
+    under way. `verified`: both disks are known to be equal. `outdated_since`: since then
+    the secondary misses writes, `reason` says why, and `missed_bytes` how much is known.
+    """
 
     resource: Text
     protocol: Count
     generation: Text | None = None
+    settled: bool = False
+    verified: bool = False
+    outdated_since: Time = ""
+    reason: LongText = ""
+    missed_bytes: Count = 0
 
 
 class PeerState(Document, frozen=True, kw_only=True):
-    """Result of peer-hello and peer-checkpoint: what the secondary has, and its recorded error."""
+    """Result of peer-hello and peer-checkpoint: what the secondary has, and its recorded error.
+
+    `checkpoint_name` is that of its last checkpoint, `paired` says that a primary has been
+    connected in this generation, and `promoted_at` when this host was promoted.
+    """
 
     stage: StageName
     epoch: Count
     generation: Text
     length: Count
     error: str | None = None
+    checkpoint_name: Text = ""
+    paired: bool = False
+    promoted_at: Time = ""
 
 
 class PeerEpoch(Document, frozen=True, kw_only=True):
-    """Arguments of peer-prepare and peer-checkpoint: the epoch that is about to end."""
+    """Arguments of peer-prepare: the epoch that is about to end."""
 
     epoch: Count
+
+
+class PeerCheckpoint(Document, frozen=True, kw_only=True):
+    """Arguments of peer-checkpoint: the epoch that ends, and a name for this checkpoint that no other has."""
+
+    epoch: Count
+    name: Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[ -~]*\Z")]
+
+
+class PeerRange(Document, frozen=True, kw_only=True):
+    """Arguments of peer-digests: a range of the disk, in pieces; the last may be shorter."""
+
+    offset: Count
+    length: Annotated[int, Meta(ge=1, le=MAX_DIGESTS_LENGTH)]
+    piece: Annotated[int, Meta(ge=MIN_PIECE, le=MAX_DIGESTS_LENGTH)]
+
+
+class PeerDigests(Document, frozen=True, kw_only=True):
+    """Result of peer-digests: the BLAKE2b of each piece in hexadecimal, empty if it is all zero."""
+
+    digests: Annotated[list[Digest], Meta(max_length=MAX_DIGESTS_LENGTH // MIN_PIECE)]
 
 
 class Checkpoint(Document, frozen=True, kw_only=True):
@@ -236,11 +301,12 @@ class WorkerInfo(Document, frozen=True, kw_only=True):
 
 COMMANDS = table(
     Command("query-status", Nothing, Status, OPERATOR, "Everything about the resource.", oob=True),
+    Command("init", Nothing, None, OPERATOR, "Make the overlay directory this resource's."),
     Command("start", Start, Outcome, OPERATOR, "Begin to replicate."),
     Command("checkpoint", Nothing, Checkpoint | None, OPERATOR, "Make the present the new baseline."),
     Command("failover", Failover, FailoverStarted | None, OPERATOR, "Make this host the one that counts."),
     Command(
-        "stop-replication", Nothing, Outcome, OPERATOR,
+        "stop-replication", Stop, Outcome, OPERATOR,
         "Stop replicating; a secondary makes a last checkpoint.",
     ),
     Command("query-errors", Nothing, ErrorStatus, OPERATOR, "The recorded error, and its reason.", oob=True),
@@ -249,7 +315,8 @@ COMMANDS = table(
     Command("quit", Nothing, None, OPERATOR, "End the worker in order."),
     Command("peer-hello", PeerHello, PeerState, PEER, "The primary introduces itself."),
     Command("peer-prepare", PeerEpoch, None, PEER, "Get ready for the checkpoint that ends the epoch."),
-    Command("peer-checkpoint", PeerEpoch, PeerState, PEER, "End the epoch; the secondary begins the next."),
+    Command("peer-checkpoint", PeerCheckpoint, PeerState, PEER, "End the epoch; the secondary begins the next."),
+    Command("peer-digests", PeerRange, PeerDigests, PEER, "Hashes of the secondary's disk, to compare."),
     *qemu_schema.COMMANDS.values(),
     *qemu_block_schema.COMMANDS.values(),
     *qemu_blockdev_schema.COMMANDS.values(),

@@ -50,6 +50,7 @@ FailoverTo = Literal["latest", "checkpoint"]
 
 Port = Annotated[int, Meta(ge=1, le=65535, description="a TCP port, 1 to 65535")]
 Seconds = Annotated[float, Meta(ge=0, le=SCSI_DEADLINE_S, description="seconds, 0 to 25")]
+DeadAfter = Annotated[float, Meta(ge=2, le=600, description="seconds, 2 to 600")]
 Timeout = Annotated[float, Meta(ge=0.1, le=SCSI_DEADLINE_S, description="seconds, 0.1 to 25")]
 
 
@@ -61,6 +62,7 @@ class _Resource(Struct, frozen=True, forbid_unknown_fields=True, rename="kebab",
     block_size: Literal[512, 4096] = 512
     failover: FailoverTo | None = None
     on_local_error: Literal["report", "detach"] = "report"
+    after_crash: Literal["wait", "serve"] = "wait"
     serial: Serial | None = None
     durable: bool = True
     overlay_limit: Size | None = None
@@ -68,6 +70,8 @@ class _Resource(Struct, frozen=True, forbid_unknown_fields=True, rename="kebab",
 
 class Link(Struct, frozen=True, forbid_unknown_fields=True, rename="kebab", kw_only=True):
     """[link]: NBD `port`, `control_port`, and how long (seconds) a lost or silent peer is waited for.
+
+    A primary that was not heard for `dead_after` seconds counts as gone when its secondary is promoted.
 
     With `socket`, a path, NBD is spoken there instead of on `port`: both ends are on one machine.
     """
@@ -77,6 +81,7 @@ class Link(Struct, frozen=True, forbid_unknown_fields=True, rename="kebab", kw_o
     socket: AbsolutePath | None = None
     reconnect_delay: Seconds = 10.0
     timeout: Timeout = 10.0
+    dead_after: DeadAfter = 3.0
 
 
 class Host(Struct, frozen=True, forbid_unknown_fields=True, rename="kebab", kw_only=True):
@@ -116,7 +121,8 @@ class Nbd(Struct, frozen=True, forbid_unknown_fields=True, rename="kebab", kw_on
 class Resource(_Resource, frozen=True, kw_only=True):
     """A whole resource file; `path` is where it was read.
 
-    name, size (bytes), block_size (bytes), failover, on_local_error, serial,
+    name, size (bytes), block_size (bytes), failover, on_local_error, after_crash
+    (a primary that was down waits for the secondary's word, or serves), serial,
     durable (pre-images are on stable storage before the overwrite) and
     overlay_limit (bytes, None: no limit) come from [resource].
     """

@@ -9,7 +9,7 @@ is the smallest example.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 from tcmu_replication.block.gate import Gate
@@ -50,6 +50,8 @@ class Backstore:
         self.commands = dict(commands or {})
         self.serial = serial
         self.offload = offload
+        self.devices: Callable[[], str | None] = lambda: None
+        """The worker's answer: which devices serve this LUN, in words, or None."""
 
     async def listen(self, control: Server) -> None:
         """The control socket is there: listen where else requests and commands come from. Raises `Error`."""

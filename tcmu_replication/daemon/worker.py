@@ -114,6 +114,7 @@ class Worker:
         self.backstore = await handler.load(self.subtype).open(self.config, self.context)
         commands, table = self._commands(self.backstore), self.backstore.table
         control = self._control = Server(commands, table)
+        self.backstore.devices = lambda: ", ".join(self.frontends) or None
         try:
             await control.listen_unix(path)
             self._guardian = Guardian(self.name, self.frontends, control, commands, table, self._defect)
@@ -259,6 +260,7 @@ class Worker:
             block,
             identity,
             read_only=backstore.top.read_only,
+            not_ready=lambda: backstore.top.not_ready,
             max_transfer=max(1, store.max_blocks) * block,
         )
 

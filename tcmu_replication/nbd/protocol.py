@@ -232,6 +232,8 @@ ERROR_OF_KIND: dict[Kind, NbdError] = {
     Kind.PEER_LIED: NbdError.EIO,
     Kind.TIMED_OUT: NbdError.EIO,
     Kind.CANCELLED: NbdError.ESHUTDOWN,
+    Kind.NOT_READY: NbdError.ESHUTDOWN,
+    Kind.BECOMING_READY: NbdError.ESHUTDOWN,
 }
 
 KIND_OF_ERROR: dict[int, Kind] = {

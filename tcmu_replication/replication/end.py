@@ -11,29 +11,40 @@ from pathlib import Path
 
 import msgspec
 
+from tcmu_replication.block.gate import Gate
 from tcmu_replication.block.node import Node
-from tcmu_replication.errors import Error, Kind
+from tcmu_replication.block.pending import settle
+from tcmu_replication.errors import Error, Kind, one_line
 from tcmu_replication.replication import manifest as manifests
 from tcmu_replication.replication.manifest import Manifest
 from tcmu_replication.replication.stages import Machine, Mode, Stage
 
 log = logging.getLogger(__name__)
 
+LONGEST = 1000
+"""Characters of a recorded error: with all else it fits a place of the manifest."""
+
 
 class End:
-    """The base of `Primary` and `Secondary`. `directory` holds the manifest of resource `name` over `disk`."""
+    """The base of `Primary` and `Secondary`. `directory` holds the manifest of resource `name` over `disk`.
+
+    `disk_name` is what the kernel calls the disk, or "".
+    """
 
     mode: Mode
+    top: Gate
 
-    def __init__(self, name: str, disk: Node, directory: Path) -> None:
+    def __init__(self, name: str, disk: Node, directory: Path, disk_name: str = "") -> None:
         self.name = name
         self.disk = disk
         self.machine = Machine(self.mode)
         self.manifest = Manifest(name, self.mode, Stage.NONE, disk.length)
+        self._disk_name = disk_name
         self._directory = directory
         self._opened = False
         self._ended = False
         self._lock = asyncio.Lock()
+        self._holding = asyncio.Lock()
 
     @property
     def stage(self) -> Stage:
@@ -60,29 +71,71 @@ class End:
                 )
             yield
 
+    @asynccontextmanager
+    async def _quiet(self) -> AsyncIterator[None]:
+        """Within it nothing is under way in the LUN, and new requests wait. One at a time."""
+        async with self._holding, self.top.quiet():
+            yield
+
+    async def _install(self, node: Node) -> None:
+        """Serve `node` from now on."""
+        async with self._holding:
+            self.top.hold()
+            try:
+                await settle(self.top.drained())
+                self.top.swap(node)
+            finally:
+                self.top.release()
+
     def _load(self) -> Manifest | None:
-        """The directory's manifest, or None. Raises `Error` if it is damaged or another resource's."""
+        """The directory's manifest, or None. Raises `Error` if it is damaged, or another resource's or disk's."""
         found = manifests.load(self._directory)
-        if found is not None and (found.resource != self.name or found.length != self.disk.length):
+        if found is None:
+            return None
+        if found.resource != self.name or found.length != self.disk.length:
             raise Error(
                 Kind.BAD_CONFIG,
                 f"{self._directory} belongs to resource {found.resource!r} of {found.length} bytes, not to "
                 f"{self.name!r} of {self.disk.length} bytes; give each resource an overlay directory of its own",
             )
+        if found.disk and self._disk_name and found.disk != self._disk_name:
+            raise Error(
+                Kind.BAD_CONFIG,
+                f"{self._directory} was written for the disk {found.disk!r}, but the resource file names the disk "
+                f"{self._disk_name!r}. If a path now leads to another disk, mend that. If the disk was replaced or "
+                "restored on purpose, what this directory says is not true of it: move the directory's files away, "
+                f"then start {self.name} anew, which compares both disks",
+            )
         return found
 
+    def _record(self, reason: str) -> None:
+        """Make the error sticky, in memory; the first reason is kept, since the rest follows from it."""
+        if self.machine.error is None:
+            self.machine.record(one_line(reason, LONGEST))
+            self.manifest = msgspec.structs.replace(self.manifest, error_at=now())
+
     def _save(self, **changes: object) -> None:
-        """Replace the manifest; only then is the change true. Raises `Error` with the old one in force."""
-        new = msgspec.structs.replace(self.manifest, **changes)
-        manifests.save(self._directory, new)
+        """Replace the manifest; only then is the change true. Raises `Error` with the old one in force.
+
+        The recorded error goes along, unless `changes` says otherwise.
+        """
+        carried: dict[str, object] = {"error": self.machine.error, "disk": self._disk_name}
+        if changes.get("error", self.machine.error) is None:
+            carried["error_at"] = ""
+        new = msgspec.structs.replace(
+            self.manifest, **(carried | changes), sequence=self.manifest.sequence + 1
+        )
+        manifests.save(self._directory, new, self.manifest)
         self.manifest = new
 
-    def _write_down(self, **changes: object) -> None:
-        """As `_save`, where the event that is noted has happened whether it can be noted or not."""
+    def _write_down(self, **changes: object) -> bool:
+        """As `_save`, where the event that is noted has happened whether it can be noted or not; whether it could."""
         try:
             self._save(**changes)
         except Error as error:
             log.error("%s: and that could not be written down: %s", self.name, error)
+            return False
+        return True
 
 
 def now() -> str:

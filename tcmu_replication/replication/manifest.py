@@ -1,10 +1,23 @@
-"""What one end of a pair remembers: one small file, written whole and renamed into place.
+"""What one end of a pair remembers: one small file with two places, written in turn and in place.
+
+    byte 0        a place: the manifest's checksum, a newline, the manifest as JSON, a newline, zeroes
+    byte 16384    the other place
 
 The manifest is the only thing that says which epoch's overlays count, so
-replacing it *is* the checkpoint. A reader finds the old one or the new one and
-never a mix: the new one is written beside it, synced, renamed over it, and the
-directory synced. A manifest that does not carry its own checksum is refused; it
-is never guessed at.
+saving it *is* the checkpoint. A save with an odd number goes to the second place
+first, one with an even number to the first; when that place is on stable storage
+the save has happened, and the other place gets the same behind it. So at every
+instant one place is whole and stable, and each is there twice between saves: a
+torn write leaves the other, and so does a flipped bit. Of two that are whole the
+one with the higher number counts. A file without a whole place is refused; it is
+never guessed at.
+
+The file is written once, in its full length, and later only in place: a file
+system that is full forbids no save, and so no failover and no restart. (File
+systems that write nothing in place, btrfs and ZFS, need room for it.)
+
+Format 1 was one place in a file of its own, `manifest.json`, replaced by rename.
+It is read if there is no other, and goes when the first save has been made.
 """
 
 from __future__ import annotations
@@ -14,47 +27,83 @@ import errno
 import hashlib
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 
 from tcmu_replication.errors import Error, Kind, from_os, one_line
 from tcmu_replication.replication.stages import Mode, Stage
+from tcmu_replication.units import KiB
 
-FORMAT = 1
+FORMAT = 2
 """Raised when a reader of the old format would misunderstand the new one."""
+READS = (1, FORMAT)
 
-NAME = "manifest.json"
+NAME = "manifest"
+NAME_OF_FORMAT_1 = "manifest.json"
 
-MAX_LENGTH = 1 << 20
-"""Bytes of a file that can be a manifest; one with an error in it has about 500."""
+PLACE = 16 * KiB
+"""Bytes of a place. A manifest with a long error in it has about 2000."""
+LENGTH = 2 * PLACE
+"""Bytes of the file."""
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 
 
 class Manifest(msgspec.Struct, frozen=True, rename="kebab", forbid_unknown_fields=True):
-    """The state that outlives a process.
+    """The state that outlives a process. Times are ISO 8601 in UTC, or "" for never.
 
-    `generation` names one start of one pair (both ends hold the same), `epoch`
-    counts its checkpoints. `boot` is the kernel's boot id under which the disks
-    were last written, and `clean` says that they were flushed and closed since:
-    together they tell a restarted worker from a host that lost its page cache.
-    `whole` says of a failover that its checkpoint is on stable storage.
+    `sequence` counts the saves. `disk` is what the kernel calls the disk ("" if it
+    says nothing of the kind). `generation` names one start of one pair (both ends
+    hold the same), `epoch` counts its checkpoints, and `checkpoint_id` is the name
+    that whoever asked for the last one gave it. `boot` is the kernel's boot id
+    under which the disks were last written, and `clean` says that they were flushed
+    and closed since: together they tell a restarted worker from a host that lost
+    its page cache. `whole` says of a failover that its checkpoint is on stable
+    storage.
+
+    What makes this host's data less than the pair's last word, or the pair less
+    than a pair, is here before anything relies on it:
+
+    `error`, `error_at`   the recorded error, and since when
+    `paired`              of a secondary: its primary has been connected in this generation
+    `verified`            both disks were compared, or vouched for, since start
+    `suspect`             why the checkpoint may not be exact any more
+    `outdated_at`         of a secondary: since when the primary goes on without it
+    `detached_at`         of a primary: since when only the peer has all that is written
+    `map_complete`        whether the map of missed writes names every block that may differ
+    `superseded_at`       of a primary: when it heard that its peer was promoted
+    `promoted_at`         of a secondary: when it was promoted
+    `written_alone`       its LUN was written while nothing was replicated
+    `last_forwarded`      of a secondary: about when the last forwarded write came
     """
 
     resource: str
     mode: Mode
     stage: Stage
     length: Count
+    disk: str = ""
     generation: str = ""
     epoch: Count = 0
+    checkpoint_id: str = ""
+    checkpoint_at: str = ""
+    checkpoint_pause_ms: float = 0.0
     error: str | None = None
+    error_at: str = ""
     boot: str = ""
     clean: bool = False
     whole: bool = False
-    peer_boot: str = ""
-    checkpoint_at: str = ""
-    checkpoint_pause_ms: float = 0.0
+    paired: bool = False
+    verified: bool = True
+    suspect: str | None = None
+    outdated_at: str = ""
+    detached_at: str = ""
+    map_complete: bool = True
+    superseded_at: str = ""
+    promoted_at: str = ""
+    written_alone: bool = False
+    last_forwarded: str = ""
+    sequence: Count = 0
     format: int = FORMAT
 
 
@@ -63,27 +112,27 @@ def _checksum(body: bytes) -> str:
 
 
 def encode(manifest: Manifest) -> bytes:
-    """Two lines: the checksum of the second, and the manifest as JSON."""
+    """Two lines: the checksum of the second, and the manifest as JSON. Raises `Error` if it fits no place."""
     body = msgspec.json.encode(manifest)
-    return _checksum(body).encode() + b"\n" + body + b"\n"
+    data = _checksum(body).encode() + b"\n" + body + b"\n"
+    if len(data) > PLACE:
+        raise Error(Kind.BAD_REQUEST, f"a manifest of {len(data)} bytes does not fit its place of {PLACE}")
+    return data
 
 
 def decode(data: bytes, path: Path) -> Manifest:
-    """The manifest in `data`; `path` is named in errors.
+    """The manifest that a place, or a file of format 1, holds; `path` is named in errors.
 
-    Raises `Error(BAD_CONFIG)` for anything but a whole manifest of this format.
+    Raises `Error(BAD_CONFIG)` for anything but a whole manifest of a format that is read here.
     """
-    checksum, _, rest = data.partition(b"\n")
-    body, _, tail = rest.partition(b"\n")
-    if not body or tail or checksum != _checksum(body).encode():
-        raise Error(
-            Kind.BAD_CONFIG,
-            f"{path}: not a whole manifest (its checksum does not match); it was damaged outside of "
-            "tcmu-replication. The disk itself was not touched; restore the file, or move the overlay "
-            "directory away to begin anew",
-        )
+    if not _is_whole(data):
+        raise _not_whole(path)
+    body = data.split(b"\n", 2)[1]
     try:
-        manifest = msgspec.json.decode(body, type=Manifest)
+        found = msgspec.json.decode(body, type=dict)
+        if found.get("format") == 1:
+            found = _upgraded(found)
+        manifest = msgspec.convert(found, Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError) as e:
         raise Error(
             Kind.BAD_CONFIG,
@@ -91,67 +140,124 @@ def decode(data: bytes, path: Path) -> Manifest:
         ) from e
     if manifest.format != FORMAT:
         raise Error(
-            Kind.BAD_CONFIG, f"{path}: format {manifest.format}, this version reads format {FORMAT} only"
+            Kind.BAD_CONFIG,
+            f"{path}: found format {manifest.format}, this version reads {' and '.join(map(str, READS))}; "
+            "run the version that wrote it, or a newer one",
         )
     return manifest
+
+
+def _is_whole(data: bytes) -> bool:
+    """Whether the checksum is that of the line behind it, and nothing but zeroes follows."""
+    checksum, _, rest = data.partition(b"\n")
+    body, _, tail = rest.partition(b"\n")
+    return bool(body) and not tail.strip(b"\0") and checksum == _checksum(body).encode()
+
+
+def _upgraded(found: dict[str, Any]) -> dict[str, Any]:
+    """Format 1 as format 2: it knew nothing of the members that it lacks, and a pair that ran was one."""
+    found = {name: value for name, value in found.items() if name != "peer-boot"}
+    return found | {"format": FORMAT, "paired": found.get("stage") != Stage.NONE.value}
+
+
+def _not_whole(path: Path) -> Error:
+    return Error(
+        Kind.BAD_CONFIG,
+        f"{path}: found no whole manifest in it (no checksum matches); it was damaged outside of "
+        "tcmu-replication. The disk itself was not touched. Restore the file from a backup of the same day; "
+        "or, if the other host can serve, fail over there",
+    )
 
 
 def load(directory: Path) -> Manifest | None:
     """The directory's manifest, or None if it has none. Raises `Error`."""
     path = directory / NAME
+    data = _read(path)
+    if data is None:
+        old = directory / NAME_OF_FORMAT_1
+        data = _read(old)
+        return None if data is None else decode(data, old)
+    if len(data) != LENGTH:
+        raise _not_whole(path)
+    found = [decode(place, path) for place in (data[:PLACE], data[PLACE:]) if _is_whole(place)]
+    if not found:
+        raise _not_whole(path)
+    return max(found, key=lambda manifest: manifest.sequence)
+
+
+def save(directory: Path, manifest: Manifest, before: Manifest) -> None:
+    """Make `manifest` the directory's, after `before`; when this returns it is on stable storage.
+
+    Its `sequence` must be one more than before's. Raises `Error` with `before` still in force.
+    """
+    assert manifest.sequence == before.sequence + 1, "saves are counted"
+    path = directory / NAME
+    data, old = encode(manifest), encode(before)
     try:
-        with open(path, "rb") as file:
-            return decode(file.read(MAX_LENGTH), path)
+        if not path.exists():
+            _create(directory, data, manifest.sequence % 2)
+            (directory / NAME_OF_FORMAT_1).unlink(missing_ok=True)
+            return
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            first = manifest.sequence % 2 * PLACE
+            try:
+                _write(fd, data, first)
+                os.fdatasync(fd)
+            except OSError:
+                # The caller is told that it did not happen, so it must not be found either.
+                with contextlib.suppress(OSError):
+                    _write(fd, old, first)
+                raise
+            with contextlib.suppress(OSError):  # the first place is what counts
+                _write(fd, data, PLACE - first)
+        finally:
+            os.close(fd)
+    except OSError as e:
+        raise from_os(e, f"write {path}") from e
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
         return None
     except OSError as e:
         raise from_os(e, f"read {path}") from e
-
-
-def save(directory: Path, manifest: Manifest) -> None:
-    """Replace the directory's manifest; when this returns it is on stable storage.
-
-    Raises `Error` with the old manifest still in place and whole.
-    """
-    path, new = f"{directory}/{NAME}", f"{directory}/{NAME}.new"
-    before = None
-    try:
-        with contextlib.suppress(FileNotFoundError):
-            before = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    with open(fd, "rb") as file:
         try:
-            _write(new, encode(manifest))
-            os.replace(new, path)
-            try:
-                sync_directory(directory)
-            except OSError:
-                # It is in place and the caller will be told that it is not: put back what it goes on with.
-                _put_back(path, new, before)
-                raise
-        finally:
-            if before is not None:
-                os.close(before)
-    except OSError as e:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(new)
-        raise from_os(e, f"write {path}") from e
+            return file.read(LENGTH + 1)
+        except OSError as e:
+            raise from_os(e, f"read {path}") from e
 
 
-def _write(path: str, data: bytes) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+def _create(directory: Path, data: bytes, place: int) -> None:
+    """The file in its full length, with `data` in one place and zeroes in the other. Raises OSError."""
+    new = directory / f"{NAME}.new"
+    new.unlink(missing_ok=True)
+    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        if os.write(fd, data) != len(data):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        try:
+            _write(fd, b"", (1 - place) * PLACE)
+            _write(fd, data, place * PLACE)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.replace(new, directory / NAME)
+        try:
+            sync_directory(directory)
+        except OSError:
+            os.unlink(directory / NAME)
+            raise
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
 
 
-def _put_back(path: str, new: str, before: int | None) -> None:
-    if before is None:
-        os.unlink(path)
-    else:
-        _write(new, os.pread(before, MAX_LENGTH, 0))
-        os.replace(new, path)
+def _write(fd: int, data: bytes, at: int) -> None:
+    """A whole place. Raises OSError."""
+    if os.pwrite(fd, data.ljust(PLACE, b"\0"), at) != PLACE:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def sync_directory(directory: Path) -> None:

@@ -1,4 +1,4 @@
-"""The primary's control channel to the secondary: the `Peer` of `replication.primary`, over QMP and TCP.
+"""The primary's control channel to the secondary: the `Peer` of `replication.peer_state`, over QMP and TCP.
 
 One connection, made when it is first needed and again when it was lost. A call
 that fails because an old connection had died unnoticed is tried once more on a
@@ -17,7 +17,7 @@ import msgspec
 from tcmu_replication.control import schema
 from tcmu_replication.control.connection import Connection
 from tcmu_replication.errors import Error, Kind, one_line
-from tcmu_replication.replication.primary import PeerState
+from tcmu_replication.replication.peer_state import News, PeerState
 from tcmu_replication.replication.stages import Stage
 
 
@@ -49,20 +49,42 @@ class ControlPeer:
         self._connection: Connection | None = None
         self._connecting = asyncio.Lock()
 
-    async def hello(self) -> PeerState:
-        """Introduce ourselves; returns the secondary's state. Raises `Error`."""
-        arguments = {"resource": self._name, "protocol": schema.PROTOCOL}
+    async def hello(self, news: News, *, settled: bool = False) -> PeerState:
+        """Introduce ourselves and tell the news; returns the secondary's state. Raises `Error`."""
+        arguments: dict[str, Any] = {
+            "resource": self._name,
+            "protocol": schema.PROTOCOL,
+            "settled": settled,
+            "verified": news.verified,
+        }
         if generation := self._generation():
             arguments["generation"] = generation
+        if news.outdated_at:
+            arguments |= {
+                "outdated-since": news.outdated_at,
+                "reason": one_line(news.reason, schema.TEXT),
+                "missed-bytes": news.missed_bytes,
+            }
         return _state(await self._call("peer-hello", arguments))
 
     async def prepare(self, epoch: int) -> None:
         """Let the secondary get ready for the checkpoint that ends `epoch`. Raises `Error`."""
         await self._call("peer-prepare", {"epoch": epoch})
 
-    async def checkpoint(self, epoch: int) -> PeerState:
-        """End `epoch`; returns the state after it. Raises `Error`."""
-        return _state(await self._call("peer-checkpoint", {"epoch": epoch}))
+    async def checkpoint(self, epoch: int, name: str) -> PeerState:
+        """End `epoch` with the checkpoint `name`; returns the state after it. Raises `Error`."""
+        return _state(await self._call("peer-checkpoint", {"epoch": epoch, "name": name}))
+
+    async def digests(self, offset: int, length: int, piece: int) -> list[str]:
+        """The digest of each piece of the range of its disk. Raises `Error`."""
+        arguments = {"offset": offset, "length": length, "piece": piece}
+        answer = await self._call("peer-digests", arguments)
+        try:
+            return list(msgspec.convert(answer, schema.PeerDigests).digests)
+        except msgspec.ValidationError as error:
+            raise Error(
+                Kind.PEER_LIED, f"the secondary's answer is no digests: {one_line(str(error))}"
+            ) from error
 
     def close(self) -> None:
         """End the connection. Twice is fine."""
@@ -99,4 +121,13 @@ def _state(answer: Any) -> PeerState:
         what = one_line(str(error))
         raise Error(Kind.PEER_LIED, f"the secondary's answer is not its state: {what}") from error
     said = None if state.error is None else one_line(state.error)
-    return PeerState(Stage(state.stage), state.epoch, state.generation, state.length, said)
+    return PeerState(
+        Stage(state.stage),
+        state.epoch,
+        state.generation,
+        state.length,
+        said,
+        state.checkpoint_name,
+        state.paired,
+        state.promoted_at,
+    )

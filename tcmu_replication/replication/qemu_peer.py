@@ -1,4 +1,4 @@
-"""The `Peer` of `replication.primary` where the secondary is QEMU's: there is no control channel of ours.
+"""The `Peer` of `replication.peer_state` where the secondary is QEMU's: there is no control channel of ours.
 
 QEMU cannot say which epoch it is in. With its QMP socket a checkpoint of the
 pair is given there, while no write is in flight (QEMU would abort if one were);
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tcmu_replication.control.connection import Connection
 from tcmu_replication.errors import Error, Kind
-from tcmu_replication.replication.primary import PeerState
+from tcmu_replication.replication.peer_state import News, PeerState
 from tcmu_replication.replication.stages import Stage
 
 GENERATION = "qemu"
@@ -29,7 +29,7 @@ class QemuPeer:
         self._timeout = timeout
         self._epoch = epoch
 
-    async def hello(self) -> PeerState:
+    async def hello(self, news: News, *, settled: bool = False) -> PeerState:
         """As far as can be known. Raises `Error`, INVALID_STATE if QEMU says that replication does not run."""
         if self._qmp is not None:
             status = await self._execute("query-xen-replication-status")
@@ -40,7 +40,11 @@ class QemuPeer:
     async def prepare(self, epoch: int) -> None:
         """Nothing can be prepared."""
 
-    async def checkpoint(self, epoch: int) -> PeerState:
+    async def digests(self, offset: int, length: int, piece: int) -> list[str]:
+        """It has no hashes to tell: raises `Error(UNSUPPORTED)`, and its disk is read over the link."""
+        raise Error(Kind.UNSUPPORTED, "QEMU tells no digests of its disk")
+
+    async def checkpoint(self, epoch: int, name: str) -> PeerState:
         """End `epoch`. Raises `Error`."""
         if self._qmp is not None:
             await self._execute("xen-colo-do-checkpoint")

@@ -21,6 +21,8 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
 
+import msgspec
+
 from tcmu_replication.block import boot
 from tcmu_replication.block.copy_before_write import CopyBeforeWrite
 from tcmu_replication.block.gate import Gate
@@ -37,7 +39,10 @@ from tcmu_replication.replication import stages
 from tcmu_replication.replication.end import End, now
 from tcmu_replication.replication.epochs import Epochs, Pair
 from tcmu_replication.replication.manifest import Manifest
+from tcmu_replication.replication.peer_state import News
+from tcmu_replication.replication.pulse import PERIOD_S, Heard
 from tcmu_replication.replication.stages import Action, Machine, Mode, Operation, Stage
+from tcmu_replication.units import format_size
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +61,8 @@ class Secondary(End):
 
     `roots` are the nodes that a LUN can serve, by name: where top-id is looked up.
     `stage_changed` is called when a job has ended and the stage or the error is another one.
+    `heard` says when the primary was heard last; `in_use` who uses the LUN, or None.
+    `peer_name` is for messages.
     """
 
     mode = Mode.SECONDARY
@@ -72,8 +79,12 @@ class Secondary(End):
         withdraw: Withdraw,
         roots: Mapping[str, Node] | None = None,
         stage_changed: Callable[[], None] = lambda: None,
+        heard: Heard | None = None,
+        in_use: Callable[[], str | None] = lambda: None,
+        disk_name: str = "",
+        peer_name: str = "the primary",
     ) -> None:
-        super().__init__(name, disk, epochs.directory)
+        super().__init__(name, disk, epochs.directory, disk_name)
         self._epochs = epochs
         self._durable = durable
         self._publish = publish
@@ -93,6 +104,14 @@ class Secondary(End):
         self._commit: Commit | None = None
         self._commit_task: asyncio.Task[None] | None = None
         self._sweeper: asyncio.Task[None] | None = None
+        self._watcher: asyncio.Task[None] | None = None
+        self._cutting: asyncio.Task[None] | None = None
+        self._in_use = in_use
+        self._peer_name = peer_name
+        self._forwarded_writes = 0
+        self.heard = Heard() if heard is None else heard
+        self.checkpoint_since: str | None = None
+        disk.on_lost = self._disk_lost
 
     # --- what is shown
 
@@ -118,6 +137,17 @@ class Secondary(End):
         """Forwarded requests under way."""
         return 0 if self._export is None else self._export.in_flight
 
+    @property
+    def last_forwarded(self) -> str:
+        """About when the last forwarded write came, to a second; "" if none is known."""
+        self._look_for_writes()
+        return self.manifest.last_forwarded
+
+    def _look_for_writes(self) -> None:
+        if self._export is not None and self._export.writes != self._forwarded_writes:
+            self._forwarded_writes = self._export.writes
+            self.manifest = msgspec.structs.replace(self.manifest, last_forwarded=now())
+
     # --- life
 
     async def open(self) -> None:
@@ -135,7 +165,7 @@ class Secondary(End):
         self.manifest = found
         if found.stage is Stage.DONE:
             self.machine = Machine(Mode.SECONDARY, found.stage, found.error)
-            self.filter.reads = self.filter.writes = self.disk
+            self._show_disk()
             return
         error = self._after_restart(found)
         pair = self._epochs.open(found.epoch)
@@ -143,7 +173,13 @@ class Secondary(End):
             # Slots of forgotten blocks are taken anew now: those marks must not come back with a loss of power.
             await settle(pair.hidden.sync_map())
             await settle(pair.active.sync_map())
-            self._save(boot=boot.boot_id(), clean=False, whole=found.whole or found.clean, error=error)
+            self._save(
+                boot=boot.boot_id(),
+                clean=False,
+                whole=found.whole or found.clean,
+                error=error,
+                error_at=found.error_at or (now() if error else ""),
+            )
             self._pair = pair
             if found.stage is Stage.RUNNING:
                 self.machine = Machine(Mode.SECONDARY, Stage.RUNNING, error)
@@ -193,6 +229,7 @@ class Secondary(End):
         async with self._lock:
             suspend = self._opened and self.machine.ask(Operation.CLOSE) is Action.SUSPEND
             self._opened, self._ended = False, True
+            self._look_for_writes()
             await self._end_tasks()
             if self._export is not None:
                 await self._withdraw()
@@ -215,18 +252,42 @@ class Secondary(End):
             await asyncio.gather(self._commit_task, return_exceptions=True)
         if self._sweeper is not None:
             await self._sweeper
+        if self._watcher is not None:
+            self._watcher.cancel()
+        if self._cutting is not None:
+            await asyncio.gather(self._cutting, return_exceptions=True)
 
     # --- commands
 
-    async def start(self, mode: Mode, *, anew: bool = False) -> bool:
+    async def init(self) -> None:
+        """Make this directory the resource's. Raises `Error(INVALID_STATE)` if it is that already."""
+        async with self._command():
+            if self.manifest.sequence:
+                raise Error(Kind.INVALID_STATE, f"{self._directory} has a manifest of {self.name} already")
+            self._save()
+
+    async def start(
+        self,
+        mode: Mode,
+        *,
+        again: bool = False,
+        compare: bool = False,
+        assume_clean: bool = False,
+        force: bool = False,
+        discard: bool = False,
+    ) -> bool:
         """Begin to keep checkpoints; False if QEMU's rules ignore the command.
 
-        `anew` begins a new pairing where an earlier one is done. Raises the table's
-        error or the first failed check's, with nothing started.
+        `again` begins a new pairing where an earlier one is done. It is the primary that
+        compares the disks; `assume_clean` is refused here where this host was promoted.
+        `discard`: what was written to this host's LUN since its promotion, or since
+        replication ended, may be lost. Raises the table's error or the first failed
+        check's, with nothing started.
         """
         async with self._command():
             before = self.machine
-            if anew and self.stage is Stage.DONE:
+            if again and self.stage is Stage.DONE:
+                self._refuse_to_discard(assume_clean=assume_clean, discard=discard)
                 self.machine = Machine(Mode.SECONDARY)
             try:
                 if self.machine.ask(Operation.START) is Action.IGNORE:
@@ -238,6 +299,34 @@ class Secondary(End):
                 raise
             log.info("%s: running as secondary, epoch 1", self.name)
             return True
+
+    def _refuse_to_discard(self, *, assume_clean: bool, discard: bool) -> None:
+        """Raise `Error` if data that somebody wrote to this host's LUN would be overwritten by the primary's."""
+        user = self._in_use()
+        if user is not None:
+            raise Error(
+                Kind.CONFLICT,
+                f"the LUN of {self.name} is in use here ({user}): what is written to it would be lost. Stop its "
+                "initiators and remove its exports first",
+            )
+        if discard:
+            return
+        if self.manifest.written_alone:
+            since = (
+                f" since its promotion at {self.manifest.promoted_at}" if self.manifest.promoted_at else ""
+            )
+            raise Error(
+                Kind.CONFLICT,
+                f"the LUN of {self.name} was written on this host{since}, while nothing was replicated: as a "
+                "secondary it would be overwritten with the primary's data. If this host's data is the one that "
+                "counts, copy it to the primary's disk first. To give it up: --discard-my-data",
+            )
+        if assume_clean and self.manifest.promoted_at:
+            raise Error(
+                Kind.MISCOMPARE,
+                f"this host was promoted at {self.manifest.promoted_at}, so its disk is not known to be equal to the "
+                "other's. Start without --assume-clean; the primary compares the disks",
+            )
 
     async def _begin(self) -> None:
         """The first epoch. Requests are held: the LUN shows its disk, or nothing yet, until it begins."""
@@ -253,13 +342,25 @@ class Secondary(End):
                     stage=Stage.RUNNING,
                     generation=str(uuid.uuid4()),
                     epoch=1,
+                    checkpoint_id="",
                     error=None,
                     boot=boot.boot_id(),
                     clean=False,
+                    whole=False,
                     checkpoint_at=now(),
                     checkpoint_pause_ms=0.0,
+                    paired=False,
+                    verified=False,
+                    suspect=None,
+                    outdated_at="",
+                    promoted_at="",
+                    superseded_at="",
+                    detached_at="",
+                    written_alone=False,
+                    last_forwarded="",
                 )
                 self._pair = pair
+                self.filter.alone = None
                 self.machine.forget_error()
                 self.machine.move(Operation.START)
                 await self._activate(pair)
@@ -284,14 +385,30 @@ class Secondary(End):
         if top is None or self.filter not in _walk(top):
             raise Error(Kind.BAD_CONFIG, stages.BAD_TOP)
 
-    async def checkpoint(self) -> float | None:
+    async def settled(self) -> None:
+        """Return when no command is under way: what this end says then is not about to change."""
+        async with self._command():
+            return
+
+    async def checkpoint(self, name: str = "") -> float | None:
         """Make the present the new baseline. The pause in milliseconds, or None if QEMU's rules ignore it.
 
-        A failure before the manifest is replaced leaves the old epoch in force.
+        `name` is that of whoever asks, who may have to ask twice: a checkpoint of the
+        same name is made once. A failure before the manifest is replaced leaves the old
+        epoch in force.
         """
+        self.checkpoint_since = self.checkpoint_since or now()
+        try:
+            return await self._make_checkpoint(name)
+        finally:
+            self.checkpoint_since = None
+
+    async def _make_checkpoint(self, name: str) -> float | None:
         async with self._command():
             if self.machine.ask(Operation.CHECKPOINT) is Action.IGNORE:
                 return None
+            if name and name == self.manifest.checkpoint_id:
+                return self.manifest.checkpoint_pause_ms
             if self._backup is None or self._export is None or self._pair is None:
                 raise Error(Kind.INVALID_STATE, stages.BACKUP_GONE)
             self._check_ejected(self._pair)
@@ -302,7 +419,7 @@ class Secondary(End):
             self._export.hold()
             self.top.hold()
             try:
-                return await self._switch(new, self._export, began)
+                return await self._switch(new, self._export, began, name)
             except BaseException:
                 if self._pair is not new:  # else the manifest names it
                     new.destroy()
@@ -345,7 +462,7 @@ class Secondary(End):
                 error.kind, stages.CANNOT_EMPTY.format(name="active or hidden", reason=error)
             ) from error
 
-    async def _switch(self, new: Pair, export: Gate, began: float) -> float:
+    async def _switch(self, new: Pair, export: Gate, began: float, name: str) -> float:
         """With requests held: wait for those in flight, then move to the next epoch."""
         export.unplug()
         self.top.unplug()
@@ -354,7 +471,13 @@ class Secondary(End):
         if self._durable:
             await settle(self.disk.flush())
         pause = (time.monotonic() - began) * 1000
-        self._save(epoch=self.epoch + 1, checkpoint_at=now(), checkpoint_pause_ms=round(pause, 3))
+        self._save(
+            epoch=self.epoch + 1,
+            checkpoint_id=name,
+            checkpoint_at=now(),
+            checkpoint_pause_ms=round(pause, 3),
+        )
+        self._watch_syncs(new)
         old, self._pair = self._pair, new
         assert self._backup is not None
         assert old is not None
@@ -364,33 +487,99 @@ class Secondary(End):
         log.info("%s: checkpoint, epoch %d", self.name, self.epoch)
         return (time.monotonic() - began) * 1000
 
-    async def failover(self, *, latest: bool) -> bool:
+    async def failover(self, *, latest: bool, force: bool = False, fenced: bool = False) -> bool:
         """Make this end the one that counts; False if QEMU's rules ignore the command.
 
         To the checkpoint (plus own writes), or to the `latest` write that the primary
-        had acknowledged. The LUN is writable when it returns.
+        had acknowledged. The LUN is writable when it returns. Raises `Error(CONFLICT)`
+        while the primary lives, unless `fenced` (whoever asks has made sure that it is
+        off) or `force`; and `Error(INVALID_STATE)` if what it would serve is known not to
+        be what it is asked for, unless `force`.
         """
         operation = Operation.FAILOVER_TO_LATEST if latest else Operation.FAILOVER
         async with self._command():
             action = self.machine.ask(operation)
             if action is Action.IGNORE:
                 return False
+            self._look_for_writes()
+            if not force:
+                if not fenced:
+                    self._refuse_while_primary_lives()
+                self._refuse_what_is_old(latest=latest)
             if action is Action.DROP_OVERLAYS:
-                await self._serve_disk(operation)
+                await self._serve_disk(operation, promoted=True)
             else:
-                self._save(stage=Stage.FAILOVER, whole=self._durable)
+                self._save(stage=Stage.FAILOVER, whole=self._durable, promoted_at=now())
                 await self._end_backup()
                 self.machine.move(operation)
                 self._start_commit()
             log.warning("%s: failed over to the %s", self.name, "latest write" if latest else "checkpoint")
             return True
 
-    async def stop(self) -> bool:
-        """End replication with a last checkpoint: the LUN serves what the primary wrote. False if ignored."""
+    def _refuse_while_primary_lives(self) -> None:
+        ago = self.heard.ago_s
+        if ago is None or not self.heard.alive:
+            return
+        raise Error(
+            Kind.CONFLICT,
+            f"the primary of {self.name}, {self._peer_name}, lives: it was heard {ago:.1f} s ago, and counts as gone "
+            f"{max(0.0, self.heard.dead_after_s - ago):.1f} s from now if it is not heard again. If {self._peer_name} "
+            "is surely powered off: --fenced. To take over from a primary that lives, stop its initiators first; then "
+            f"--force: {self._peer_name} stops serving when it hears of it, and what it had not acknowledged is lost. "
+            "(A `switch` of the roles that loses nothing is not there yet.)",
+        )
+
+    def _refuse_what_is_old(self, *, latest: bool) -> None:
+        """Raise `Error` if this host knows that it has not what a failover promises."""
+        manifest = self.manifest
+        last = (
+            f" The last forwarded write came at {manifest.last_forwarded}." if manifest.last_forwarded else ""
+        )
+        if not latest:
+            if manifest.suspect is not None:
+                raise Error(
+                    Kind.INVALID_STATE,
+                    f"the checkpoint of {self.name} may be damaged: {manifest.suspect}. If {self._peer_name} can "
+                    "serve, let it. --to latest does not need the checkpoint. --force uses it as it is: what it "
+                    "shows may be a mix of old and new data",
+                )
+            return
+        to_checkpoint = (
+            f" --to checkpoint gives the state of {manifest.checkpoint_at}, whole."
+            if manifest.suspect is None and manifest.verified
+            else ""
+        )
+        if manifest.outdated_at or self.machine.error is not None:
+            since = manifest.outdated_at or manifest.error_at
+            raise Error(
+                Kind.INVALID_STATE,
+                f"this host's disk of {self.name} is outdated since {since}: {self.machine.error}.{last} If "
+                f"{self._peer_name} can be brought back, do that: it has what is missing here.{to_checkpoint} "
+                f"--force serves what is here, and gives up what was acknowledged since {since}",
+            )
+        if manifest.paired and not manifest.verified:
+            raise Error(
+                Kind.INVALID_STATE,
+                f"the disks of {self.name} were not found to be equal yet (start compares them): this one may have "
+                f"old data anywhere. If {self._peer_name} can be brought back, do that. --force serves what is here",
+            )
+
+    async def stop(self, *, force: bool = False) -> bool:
+        """End replication with a last checkpoint: the LUN serves what the primary wrote. False if ignored.
+
+        Raises `Error(INVALID_STATE)` if that is known to be old, unless `force`.
+        """
         async with self._command():
             if self.machine.ask(Operation.STOP) is Action.IGNORE:
                 return False
-            await self._serve_disk(Operation.STOP)
+            if not force and (self.manifest.outdated_at or self.machine.error is not None):
+                since = self.manifest.outdated_at or self.manifest.error_at
+                raise Error(
+                    Kind.INVALID_STATE,
+                    f"this host's disk of {self.name} is outdated since {since} ({self.machine.error}); after stop its "
+                    "LUN would serve it. --force, if no initiator can reach it here",
+                )
+            await self._serve_disk(Operation.STOP, promoted=False)
             log.info("%s: stopped after a last checkpoint", self.name)
             return True
 
@@ -398,8 +587,8 @@ class Secondary(End):
         """The backup job is gone without a failover: no pre-images any more, so no forwarded writes either."""
         async with self._command():
             if self.machine.ask(Operation.BACKUP_ENDED) is Action.RECORD_ERROR:
-                self.machine.record(reason)
-                self._save(error=self.machine.error)
+                self._record(reason)
+                self._save()
             await self._end_backup()
             self._stage_changed()
 
@@ -427,19 +616,106 @@ class Secondary(End):
             self.disk, pair.hidden, durable=self._durable, failed=self._forwarding_failed
         )
         self.filter.reads = self.filter.writes = pair.active
+        self._watch_syncs(pair)
         self._export = Gate(self._backup)
+        self._forwarded_writes = 0
         await self._publish(self._export)
+        self._watcher = asyncio.create_task(self._watch_primary())
 
     def _forwarding_failed(self, error: Error) -> None:
         """A forwarded write was answered with an error: the primary knows, and so shall who looks here."""
         if self.machine.error is not None:
             return
-        self.machine.record(f"a forwarded write failed: {error}")
+        self._record(f"a forwarded write failed: {error}")
         log.error("%s: a forwarded write failed; the primary was told: %s", self.name, error)
-        self._write_down(error=self.machine.error)
+        self._write_down()
+
+    def _watch_syncs(self, pair: Pair) -> None:
+        pair.hidden.tell_lost(self._overlay_lost)
+        pair.active.tell_lost(self._overlay_lost)
+
+    def _disk_lost(self, error: Error) -> None:
+        """A sync of the disk failed: acknowledged writes may be on no medium."""
+        self._lost(
+            f"this host's disk could not make writes durable: {error}. Forwarded writes may be lost here"
+        )
+
+    def _overlay_lost(self, error: Error) -> None:
+        """A sync of an overlay failed: the checkpoint and own writes may be on no medium."""
+        reason = f"an overlay could not be made durable: {error}"
+        self._lost(reason, suspect=self.manifest.suspect or reason)
+
+    def _lost(self, reason: str, **changes: object) -> None:
+        """Write it down at once, and let the primary hear of it: it connects anew, and asks."""
+        self._record(reason)
+        log.critical("%s: %s", self.name, reason)
+        self._write_down(**changes)
+        self._stage_changed()
+        if self._export is not None and (self._cutting is None or self._cutting.done()):
+            self._cutting = asyncio.create_task(self._cut(self._export))
+
+    async def _cut(self, export: Gate) -> None:
+        """Hang up on the primary; it may come back, and hears what is wrong."""
+        await self._withdraw()
+        if self._export is export and not self._ended:
+            await self._publish(export)
+
+    # --- the primary's word
+
+    async def hear(self, generation: str | None, news: News) -> None:
+        """The primary says hello, in the `generation` that it believes in. Raises `Error` if it cannot be noted."""
+        self.heard.note()
+        self._look_for_writes()
+        manifest = self.manifest
+        if self.stage is not Stage.RUNNING or generation != manifest.generation:
+            return
+        changes: dict[str, object] = {}
+        if not manifest.paired:
+            changes["paired"] = True
+        if news.verified and not manifest.verified:
+            changes["verified"] = True
+        if news.outdated_at and not manifest.outdated_at:
+            missed = f"; {format_size(news.missed_bytes)} are known to differ" if news.missed_bytes else ""
+            self._record(
+                f"{self._peer_name} goes on without this host since {news.outdated_at} ({news.reason}){missed}"
+            )
+            log.error("%s: outdated: %s", self.name, self.machine.error)
+            changes["outdated_at"] = news.outdated_at
+        if changes:
+            self._save(**changes)
+            if "outdated_at" in changes:
+                self._stage_changed()
+
+    async def _watch_primary(self) -> None:
+        """Once a second: when was the last write; and when the primary is not heard any more, note that."""
+        alive = False
+        while True:
+            await asyncio.sleep(PERIOD_S)
+            self._look_for_writes()
+            if alive and not self.heard.alive:
+                log.warning(
+                    "%s: %s is not heard since %s; what it had acknowledged until then is here",
+                    self.name,
+                    self._peer_name,
+                    self.heard.at,
+                )
+                self._write_down()
+            alive = self.heard.alive
+
+    def _show_disk(self) -> None:
+        """The LUN is the disk; its first write is noted."""
+        self.filter.reads = self.filter.writes = self.disk
+        self.filter.alone = self._written_alone
+
+    def _written_alone(self) -> None:
+        if self.manifest.written_alone or self._write_down(written_alone=True):
+            self.filter.alone = None
 
     async def _end_backup(self) -> None:
         """No forwarded write after this."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+            self._watcher = None
         if self._export is not None:
             await self._withdraw()
             self._export.unplug()
@@ -450,12 +726,12 @@ class Secondary(End):
             self._tidy_up(self._epochs.remove(self._next))
             self._next = None
 
-    async def _serve_disk(self, operation: Operation) -> None:
+    async def _serve_disk(self, operation: Operation, *, promoted: bool) -> None:
         """Drop both overlays: the LUN is the disk."""
-        self._save(stage=Stage.DONE)
+        self._save(stage=Stage.DONE, promoted_at=now() if promoted else "")
         await self._end_backup()
         async with self.top.quiet():
-            self.filter.reads = self.filter.writes = self.disk
+            self._show_disk()
             self.machine.move(operation)
         old, self._pair = self._pair, None
         if old is not None:
@@ -477,8 +753,9 @@ class Secondary(End):
             await self._make_whole()
             await commit.run()
             async with self.top.quiet():  # what is under way may still use the overlays
-                self._save(stage=Stage.DONE, error=None)
-                self.filter.reads = self.filter.writes = self.disk
+                # It was served all the time, and may have been written.
+                self._save(stage=Stage.DONE, error=None, written_alone=True)
+                self._show_disk()
         except Error as error:
             commit.end(JobStatus.FAILED, str(error))
             self._commit_failed(error)
@@ -502,10 +779,10 @@ class Secondary(End):
 
     def _commit_failed(self, error: Error) -> None:
         """The LUN stays right from the overlays and the disk together; the next open tries again."""
-        self.machine.record(f"commit to the disk failed: {error}")
+        self._record(f"commit to the disk failed: {error}")
         self.machine.move(Operation.COMMIT_FAILED)
         log.error("%s: commit to the disk failed: %s", self.name, error)
-        self._write_down(stage=Stage.FAILOVER_FAILED, error=self.machine.error)
+        self._write_down(stage=Stage.FAILOVER_FAILED)
         self._stage_changed()
 
     def _tidy_up(self, work: Callable[[], None]) -> None:

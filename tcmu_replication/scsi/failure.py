@@ -1,8 +1,8 @@
 """The SCSI edge of errors: which answer a failed task gets, kind by kind.
 
-Linux retries ABORTED COMMAND a few times and BUSY for as long as the command's
-time allows, and takes MEDIUM ERROR and NOT READY 04/00 as final; the rows choose
-by that. A row is (on reading, on writing).
+Linux retries ABORTED COMMAND a few times, and BUSY and NOT READY 04/01 (becoming
+ready) for as long as the command's time allows; it takes MEDIUM ERROR and NOT READY
+04/00 and 04/03 as final. The rows choose by that. A row is (on reading, on writing).
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ ANSWER_OF_KIND: dict[Kind, tuple[Answer, Answer]] = {
     Kind.PEER_LIED: _ends(sense.COMMUNICATION_FAILURE),
     Kind.TIMED_OUT: _ends(sense.COMMUNICATION_TIME_OUT),
     Kind.CANCELLED: (sense.BUSY, sense.BUSY),
+    Kind.NOT_READY: _ends(sense.MANUAL_INTERVENTION_REQUIRED),
+    Kind.BECOMING_READY: _ends(sense.BECOMING_READY),
 }
 
 _READS = frozenset((Op.READ, Op.VERIFY))

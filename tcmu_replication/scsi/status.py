@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from tcmu_replication.scsi import sense
 from tcmu_replication.scsi.command import Request
+from tcmu_replication.scsi.failure import answer_to
 from tcmu_replication.scsi.task import Answer, Op, Task
 
 if TYPE_CHECKING:
@@ -16,8 +17,9 @@ _LBPME = 0x80
 
 
 def test_unit_ready(unit: LogicalUnit, request: Request) -> Answer:
-    """TEST UNIT READY (SPC-5): it always is."""
-    return sense.GOOD
+    """TEST UNIT READY (SPC-5)."""
+    error = unit.not_ready()
+    return sense.GOOD if error is None else answer_to(error, Op.READ)
 
 
 def request_sense(unit: LogicalUnit, request: Request) -> Answer:

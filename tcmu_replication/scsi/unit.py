@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from tcmu_replication.errors import Error
 from tcmu_replication.scsi import sense
 from tcmu_replication.scsi.buffers import Buffers
 from tcmu_replication.scsi.command import Command, Run
@@ -48,7 +49,8 @@ class LogicalUnit:
     device is there. `max_transfer` (bytes) is what VPD page B0 recommends as
     the longest READ or WRITE. `granularity` (bytes, a power of two and a
     multiple of `block_size`) is the grain of the disk below: it is shown as
-    physical block and as unmap granularity. Without `write_cache` every write
+    physical block and as unmap granularity. `not_ready` says why the disk is not
+    served now, to whoever tests. Without `write_cache` every write
     is durable when it ends. Raises ValueError for a geometry that cannot be.
     """
 
@@ -62,6 +64,7 @@ class LogicalUnit:
         write_cache: bool = True,
         max_transfer: int = MiB,
         granularity: int = 4 * KiB,
+        not_ready: Callable[[], Error | None] = lambda: None,
         commands: Sequence[Command] = COMMANDS,
     ) -> None:
         if block_size not in (512, 4096):
@@ -76,6 +79,7 @@ class LogicalUnit:
         self.identity = identity
         self.read_only = read_only
         self.write_cache = write_cache
+        self.not_ready = not_ready
         self.commands = commands
         without_data = WITHOUT_DATA_MAX // block_size
         self.limits = Limits(

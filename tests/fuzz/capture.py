@@ -311,7 +311,7 @@ def own() -> None:
     head = kernel.memory[:68].cast("I")[layout.HEAD_WORD]
     keep("tcmu_ring", "write-long-bidi", bytes((2, head // 8)), bytes(kernel.memory[128 : 128 + head]))
     whole = Manifest(
-        "disk0", Mode.SECONDARY, Stage.RUNNING, 1 << 28, "3f2a", 7, "no", "b", True, "p", "t", 1.5
+        "disk0", Mode.SECONDARY, Stage.RUNNING, 1 << 28, generation="3f2a", epoch=7, error="no", paired=True
     )
     signed = encode(whole)
     keep("manifest", "file", b"\0", signed)

@@ -16,10 +16,11 @@ import pytest
 from tcmu_replication.block.file import File
 from tcmu_replication.block.pending import settle
 from tcmu_replication.block.remote import Remote
-from tcmu_replication.errors import Error
+from tcmu_replication.errors import Error, Kind
 from tcmu_replication.frontend.nbd import Export, Server
 from tcmu_replication.nbd.uri import Unix
-from tcmu_replication.replication.primary import PeerState, Primary
+from tcmu_replication.replication.peer_state import News, PeerState
+from tcmu_replication.replication.primary import Primary
 from tcmu_replication.replication.stages import Mode, Stage
 from tests.interop.differential.steps import LENGTH, SECTOR
 from tests.interop.test_qemu_differential import seeds
@@ -122,14 +123,17 @@ class Ours:
             "remote", Unix(self._socket), "disk0", length=LENGTH, reconnect_delay=0, timeout=5, verify=verify
         )
 
-    async def hello(self) -> PeerState:
+    async def hello(self, news: News, *, settled: bool = False) -> PeerState:
         return PeerState(Stage.RUNNING, self.engine.epoch or 1, "generation", LENGTH, None)
 
     async def prepare(self, epoch: int) -> None:
         pass
 
-    async def checkpoint(self, epoch: int) -> PeerState:
-        return (await self.hello())._replace(epoch=epoch + 1)
+    async def checkpoint(self, epoch: int, name: str) -> PeerState:
+        return (await self.hello(News()))._replace(epoch=epoch + 1)
+
+    async def digests(self, offset: int, length: int, piece: int) -> list[str]:
+        raise Error(Kind.UNSUPPORTED)
 
     async def open(self) -> None:
         await self._server.listen_unix(self._socket)

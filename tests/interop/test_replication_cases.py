@@ -24,7 +24,8 @@ from tcmu_replication.errors import Error, Kind
 from tcmu_replication.frontend.nbd import Export, Server
 from tcmu_replication.nbd.uri import Unix
 from tcmu_replication.replication.epochs import Epochs
-from tcmu_replication.replication.primary import PeerState, Primary
+from tcmu_replication.replication.peer_state import News, PeerState
+from tcmu_replication.replication.primary import Primary
 from tcmu_replication.replication.secondary import Secondary
 from tcmu_replication.replication.stages import Action, Mode, Operation, Stage
 from tcmu_replication.units import MiB
@@ -196,7 +197,7 @@ class OurPrimary:
     def _connect(self, verify: Callable[[], Awaitable[None]]) -> Remote:
         return Remote("remote", Unix(self._socket), "disk0", length=LENGTH, verify=verify)
 
-    async def hello(self) -> PeerState:
+    async def hello(self, news: News, *, settled: bool = False) -> PeerState:
         return PeerState(Stage.RUNNING, 1, "generation", LENGTH, None)
 
     async def prepare(self, epoch: int) -> None:
@@ -213,7 +214,7 @@ class OurPrimary:
             disk.close()
 
     # As a peer it moves its epoch; as a device it makes a checkpoint.
-    async def checkpoint(self, epoch: int | None = None) -> PeerState:
+    async def checkpoint(self, epoch: int | None = None, name: str = "") -> PeerState:
         if epoch is None:
             await self.engine.checkpoint()
         return PeerState(Stage.RUNNING, 2, "generation", LENGTH, None)

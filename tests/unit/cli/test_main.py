@@ -158,7 +158,7 @@ def test_no_heavy_import_for_a_plain_command(workers: Workers) -> None:
             schema.FailoverStarted(to="latest", stage="done"),
             "disk0: failover to latest: the LUN is writable, stage done",
         ),
-        (["stop", "disk0"], schema.Nothing(), None, "disk0: stopped"),
+        (["stop", "disk0"], schema.Stop(), None, "disk0: stopped"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -138,7 +138,7 @@ def test_invalid_arguments_are_answered_and_the_session_goes_on() -> None:
 
 def test_query_commands_lists_what_can_be_called() -> None:
     names = {row["name"] for row in reply(make(Privilege.PEER), {"execute": "query-commands"})["return"]}
-    peers = {"peer-hello", "peer-prepare", "peer-checkpoint"}
+    peers = {"peer-hello", "peer-prepare", "peer-checkpoint", "peer-digests"}
     assert names == {*SESSION_COMMANDS, *peers}
 
 

@@ -1,6 +1,7 @@
 import errno
 import hashlib
 
+import msgspec
 import pytest
 
 from tcmu_replication.errors import Error, Kind
@@ -11,11 +12,104 @@ from tcmu_replication.replication.stages import Mode, Stage
 SAMPLE = Manifest("disk0", Mode.SECONDARY, Stage.RUNNING, 1 << 20, generation="g", epoch=7)
 
 
+def after(manifest, **changes):
+    return msgspec.structs.replace(manifest, sequence=manifest.sequence + 1, **changes)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """SAMPLE, saved as a directory's first manifest, and with two more saves behind it."""
+    manifests.save(tmp_path, first := after(SAMPLE), SAMPLE)
+    manifests.save(tmp_path, second := after(first, epoch=8), first)
+    manifests.save(tmp_path, third := after(second, epoch=9), second)
+    return third
+
+
 def test_round_trip(tmp_path):
     assert manifests.load(tmp_path) is None
-    manifests.save(tmp_path, SAMPLE)
-    assert manifests.load(tmp_path) == SAMPLE
+    last = SAMPLE
+    for epoch in range(5):
+        manifests.save(tmp_path, now := after(last, epoch=epoch), last)
+        assert manifests.load(tmp_path) == now
+        last = now
     assert [p.name for p in tmp_path.iterdir()] == [manifests.NAME]
+    assert (tmp_path / manifests.NAME).stat().st_size == manifests.LENGTH
+
+
+def test_manifest_is_readable_by_its_owner_alone(tmp_path, saved):
+    assert (tmp_path / manifests.NAME).stat().st_mode & 0o777 == 0o600
+
+
+def test_link_in_place_of_a_manifest_is_not_followed(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_bytes(b"somebody's")
+    (tmp_path / manifests.NAME).symlink_to(elsewhere)
+    with pytest.raises(Error):
+        manifests.load(tmp_path)
+    with pytest.raises(Error):
+        manifests.save(tmp_path, after(SAMPLE), SAMPLE)
+    assert elsewhere.read_bytes() == b"somebody's"
+
+
+def test_format_1_is_read_and_goes_with_the_first_save(tmp_path):
+    body = (
+        b'{"resource":"disk0","mode":"secondary","stage":"running","length":1048576,"generation":"g","epoch":7,'
+        b'"error":"e","boot":"b","clean":true,"whole":false,"peer-boot":"","checkpoint-at":"t",'
+        b'"checkpoint-pause-ms":1.5,"format":1}'
+    )
+    checksum = hashlib.sha256(body).hexdigest().encode()
+    (tmp_path / manifests.NAME_OF_FORMAT_1).write_bytes(checksum + b"\n" + body + b"\n")
+    found = manifests.load(tmp_path)
+    assert (found.epoch, found.error, found.paired, found.format) == (7, "e", True, 2)
+    manifests.save(tmp_path, now := after(found), found)
+    assert [p.name for p in tmp_path.iterdir()] == [manifests.NAME]
+    assert manifests.load(tmp_path) == now
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_either_place_may_be_torn_between_saves(tmp_path, saved, place):
+    path = tmp_path / manifests.NAME
+    data = bytearray(path.read_bytes())
+    data[place * manifests.PLACE + 100] ^= 1
+    path.write_bytes(data)
+    assert manifests.load(tmp_path) == saved
+
+
+def test_save_torn_anywhere_leaves_the_one_before(tmp_path, saved):
+    path = tmp_path / manifests.NAME
+    before = path.read_bytes()
+    manifests.save(tmp_path, now := after(saved, epoch=10), saved)
+    place = now.sequence % 2 * manifests.PLACE
+    new = path.read_bytes()[place : place + manifests.PLACE]
+    for length in range(0, manifests.PLACE, 512):
+        torn = before[:place] + new[:length] + before[place + length :]
+        path.write_bytes(torn)
+        assert manifests.load(tmp_path) in (saved, now)
+        path.write_bytes(before[:place] + b"\xff" * length + before[place + length :])
+        assert manifests.load(tmp_path) == saved
+
+
+def test_file_of_which_no_place_is_whole_is_refused(tmp_path, saved):
+    path = tmp_path / manifests.NAME
+    for damage in (b"", bytes(manifests.LENGTH), path.read_bytes()[:-1], path.read_bytes() + b"\0"):
+        path.write_bytes(damage)
+        with pytest.raises(Error, match="no whole manifest") as refused:
+            manifests.load(tmp_path)
+        assert refused.value.kind is Kind.BAD_CONFIG
+
+
+def test_newer_format_in_one_place_is_not_passed_over(tmp_path, saved):
+    path = tmp_path / manifests.NAME
+    newer = manifests.encode(after(saved, format=99)).ljust(manifests.PLACE, b"\0")
+    path.write_bytes(path.read_bytes()[: manifests.PLACE] + newer)
+    with pytest.raises(Error, match="format 99"):
+        manifests.load(tmp_path)
+
+
+def test_manifest_that_fits_no_place_is_refused_and_the_old_one_stays(tmp_path, saved):
+    with pytest.raises(Error, match="does not fit"):
+        manifests.save(tmp_path, after(saved, error="x" * manifests.PLACE), saved)
+    assert manifests.load(tmp_path) == saved
 
 
 def test_every_torn_length_is_refused(tmp_path):
@@ -40,8 +134,6 @@ def test_every_flipped_byte_is_refused(tmp_path):
 
 
 def test_other_format_is_refused(tmp_path):
-    import msgspec
-
     data = manifests.encode(msgspec.structs.replace(SAMPLE, format=99))
     with pytest.raises(Error, match="format 99"):
         manifests.decode(data, tmp_path)
@@ -70,38 +162,49 @@ def test_whole_file_that_is_no_manifest_is_refused_in_one_line(tmp_path, body, s
 def test_file_without_an_end_is_not_read_to_it(tmp_path):
     with open(tmp_path / manifests.NAME, "wb") as file:
         file.truncate(1 << 40)
-    with pytest.raises(Error, match="not a whole manifest"):
+    with pytest.raises(Error, match="no whole manifest"):
         manifests.load(tmp_path)
 
 
-def test_save_on_a_full_disk_keeps_the_old_one(tmp_path, monkeypatch):
-    manifests.save(tmp_path, SAMPLE)
+def test_save_that_cannot_be_synced_did_not_happen(tmp_path, saved, monkeypatch):
+    def broken(fd):
+        raise OSError(errno.EIO, "Input/output error")
 
+    monkeypatch.setattr(manifests.os, "fdatasync", broken)
+    with pytest.raises(Error) as refused:
+        manifests.save(tmp_path, after(saved, stage=Stage.DONE), saved)
+    assert refused.value.kind is Kind.IO
+    monkeypatch.undo()
+    assert manifests.load(tmp_path) == saved
+    manifests.save(tmp_path, now := after(saved, epoch=11), saved)
+    assert manifests.load(tmp_path) == now
+
+
+def test_first_save_on_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     def full(fd):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(manifests.os, "fsync", full)
     with pytest.raises(Error) as refused:
-        manifests.save(tmp_path, Manifest("disk0", Mode.SECONDARY, Stage.DONE, 1 << 20))
+        manifests.save(tmp_path, after(SAMPLE), SAMPLE)
     assert refused.value.kind is Kind.NO_SPACE
-    monkeypatch.undo()
-    assert manifests.load(tmp_path) == SAMPLE
-    assert [p.name for p in tmp_path.iterdir()] == [manifests.NAME]
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_save_whose_directory_cannot_be_synced_puts_the_old_one_back(tmp_path, monkeypatch):
+def test_full_file_system_forbids_no_save(tmp_path, saved, monkeypatch):
+    """A1: in place and in full length, so that no block has to be found."""
+    before = (tmp_path / manifests.NAME).stat()
+    manifests.save(tmp_path, after(saved, error="x" * 1000), saved)
+    now = (tmp_path / manifests.NAME).stat()
+    assert (now.st_ino, now.st_blocks, now.st_size) == (before.st_ino, before.st_blocks, before.st_size)
+    assert now.st_blocks * 512 >= manifests.LENGTH
+
+
+def test_first_save_whose_directory_cannot_be_synced_did_not_happen(tmp_path, monkeypatch):
     def broken(directory):
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(manifests, "sync_directory", broken)
     with pytest.raises(Error):
-        manifests.save(tmp_path, SAMPLE)
+        manifests.save(tmp_path, after(SAMPLE), SAMPLE)
     assert manifests.load(tmp_path) is None
-    monkeypatch.undo()
-    manifests.save(tmp_path, SAMPLE)
-    monkeypatch.setattr(manifests, "sync_directory", broken)
-    with pytest.raises(Error) as refused:
-        manifests.save(tmp_path, Manifest("disk0", Mode.SECONDARY, Stage.DONE, 1 << 20))
-    assert refused.value.kind is Kind.IO
-    assert manifests.load(tmp_path) == SAMPLE
-    assert [p.name for p in tmp_path.iterdir()] == [manifests.NAME]

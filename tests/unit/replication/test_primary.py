@@ -3,6 +3,7 @@
 import asyncio
 import os
 
+import msgspec
 import pytest
 
 from tcmu_replication.block import boot
@@ -14,7 +15,8 @@ from tcmu_replication.frontend.nbd import Export, Server
 from tcmu_replication.nbd.uri import Unix
 from tcmu_replication.replication import manifest as manifests
 from tcmu_replication.replication import stages
-from tcmu_replication.replication.primary import PeerState, Primary
+from tcmu_replication.replication.peer_state import PeerState
+from tcmu_replication.replication.primary import Primary
 from tcmu_replication.replication.stages import Mode, Stage
 from tcmu_replication.units import BLOCK, MiB
 from tests.support.tools import PATIENCE_S
@@ -56,6 +58,7 @@ class Site:
         self.detach = detach
         self.peer = PeerState(Stage.RUNNING, 1, "generation-1", LENGTH, None)
         self.calls = []
+        self.news = None
         self.server = None
         self.engine = self.make()
 
@@ -73,14 +76,15 @@ class Site:
             verify=verify,
         )
 
-    async def hello(self):
+    async def hello(self, news, *, settled=False):
         self.calls.append("hello")
+        self.news = news
         return self.peer
 
     async def prepare(self, epoch):
         self.calls.append(f"prepare {epoch}")
 
-    async def checkpoint(self, epoch):
+    async def checkpoint(self, epoch, name):
         self.calls.append(f"checkpoint {epoch}")
         self.peer = self.peer._replace(epoch=epoch + 1)
         return self.peer
@@ -101,7 +105,7 @@ class Site:
         """What a new process finds after the old one was killed."""
         self.engine.remote.close()
         await self.engine.remote.wait_closed()
-        self.engine.out_of_sync.close()
+        self.engine.missed.close()
         self.engine = self.make()
         await self.engine.open()
 
@@ -197,7 +201,7 @@ def test_start_refuses_disks_that_differ_until_told_to(site):
         assert refused.value.kind is Kind.MISCOMPARE
         assert "copy this host's disk" in str(refused.value)
         assert site.engine.stage is Stage.NONE
-        assert await site.engine.start(Mode.PRIMARY, anew=True)
+        assert await site.engine.start(Mode.PRIMARY, again=True, assume_clean=True)
 
     run(site, story)
 
@@ -219,7 +223,7 @@ def test_writes_during_a_checkpoint_come_after_it(site):
         await site.engine.start(Mode.PRIMARY)
         late = []
 
-        async def checkpoint(epoch):
+        async def checkpoint(epoch, name):
             late.append(site.engine.top.write(0, [memoryview(b"\7" * BLOCK)]))
             await asyncio.sleep(0)
             assert site.byte(0) == (0, 0)
@@ -239,7 +243,7 @@ def test_checkpoint_without_an_answer_lets_writes_go_on(site):
     async def story():
         await site.engine.start(Mode.PRIMARY)
 
-        async def checkpoint(epoch):
+        async def checkpoint(epoch, name):
             raise Error(Kind.TIMED_OUT, "no answer")
 
         site.checkpoint = checkpoint
@@ -299,9 +303,10 @@ def test_link_that_returns_after_a_gap_is_not_written_to(site):
         await site.vanish()
         await site.write(0, 1)
         await site.serve()
-        while site.engine.remote.state.value != "connected":
+        while not site.news.outdated_at:  # it is told, and then not connected to
             await asyncio.sleep(0.01)
         await site.write(BLOCK, 2)
+        assert site.engine.remote.state.value == "lost"
         assert site.byte(BLOCK) == (2, 0)
         assert site.engine.out_of_sync_bytes == 2 * BLOCK
         with pytest.raises(Error, match="misses writes"):
@@ -499,7 +504,9 @@ def test_stop_serves_the_disk_alone(site):
         assert await site.engine.start(Mode.PRIMARY) is False
         site.theirs.data[0] = 1
         site.theirs.data[:] = site.disk.data
-        assert await site.engine.start(Mode.PRIMARY, anew=True)
+        with pytest.raises(Error, match="written while nothing was replicated"):
+            await site.engine.start(Mode.PRIMARY, again=True, assume_clean=True)
+        assert await site.engine.start(Mode.PRIMARY, again=True)
         await site.write(0, 2)
         assert site.byte(0) == (2, 2)
 
@@ -567,9 +574,8 @@ def test_local_failure_with_detach_after_a_gap_is_the_callers(tmp_path):
 
 def test_roles_changed_under_a_running_secondary_are_refused(site):
     async def story():
-        manifests.save(
-            site.state, manifests.Manifest("disk0", Mode.SECONDARY, Stage.RUNNING, LENGTH, epoch=4)
-        )
+        before = manifests.Manifest("disk0", Mode.SECONDARY, Stage.RUNNING, LENGTH, epoch=4)
+        manifests.save(site.state, msgspec.structs.replace(before, sequence=1), before)
         with pytest.raises(Error, match="before the roles are changed"):
             await site.make().open()
 
@@ -579,7 +585,7 @@ def test_roles_changed_under_a_running_secondary_are_refused(site):
 def test_open_that_fails_does_not_mark_the_disks_clean(site):
     async def story():
         await site.engine.start(Mode.PRIMARY)
-        site.engine.out_of_sync.close()
+        site.engine.missed.close()
         (site.state / "out-of-sync.map").write_bytes(b"torn")
         other = site.make()
         with pytest.raises(Error, match="no map"):
@@ -653,7 +659,7 @@ def test_start_anew_that_fails_leaves_the_stage(site):
         await site.engine.stop()
         site.peer = site.peer._replace(stage=Stage.NONE)
         with pytest.raises(Error, match="start it first"):
-            await site.engine.start(Mode.PRIMARY, anew=True)
+            await site.engine.start(Mode.PRIMARY, again=True, assume_clean=True)
         assert site.engine.stage is Stage.DONE
         await site.write(0, 1)
         assert site.byte(0) == (1, 0)

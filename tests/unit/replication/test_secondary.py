@@ -162,7 +162,7 @@ def test_checkpoint_shows_the_forwarded_and_drops_own_writes(site):
         left = sorted(p.name for p in site.directory.iterdir())
         assert left == sorted(
             [
-                "manifest.json",
+                "manifest",
                 *(f"epoch-00000002.{r}.{k}" for r in ("active", "hidden") for k in ("data", "map")),
                 "spare.active.data",
                 "spare.hidden.data",
@@ -254,7 +254,7 @@ def test_stop_makes_a_last_checkpoint(site):
         assert await site.top(0) == {FORWARDED}
         assert await site.top(BLOCK) == {OLD}
         await site.engine.close()
-        assert [p.name for p in site.directory.iterdir()] == ["manifest.json"]
+        assert [p.name for p in site.directory.iterdir()] == ["manifest"]
 
     run(story())
 
@@ -278,7 +278,7 @@ def test_start_anew_after_promotion_begins_a_new_pairing(site):
         await site.forward(0, BLOCK)
         await site.engine.stop()
         first = site.engine.manifest.generation
-        assert await site.engine.start(Mode.SECONDARY, anew=True)
+        assert await site.engine.start(Mode.SECONDARY, again=True)
         assert site.engine.manifest.generation != first
         await site.forward(0, BLOCK, 0x44)
         assert await site.top(0) == {FORWARDED}
@@ -298,7 +298,7 @@ def test_start_anew_waits_until_the_overlays_of_before_are_gone(site, monkeypatc
         await started(site)
         monkeypatch.setattr(Pair, "destroy", late)
         await site.engine.stop()
-        again = asyncio.create_task(site.engine.start(Mode.SECONDARY, anew=True))
+        again = asyncio.create_task(site.engine.start(Mode.SECONDARY, again=True))
         for _ in range(100):
             await asyncio.sleep(0)
         may_remove.set()
@@ -403,7 +403,7 @@ def test_checkpoint_whose_manifest_cannot_be_written_keeps_the_epoch(site, monke
         await started(site)
         await site.forward(0, BLOCK)
 
-        def full(directory, manifest):
+        def full(directory, manifest, before):
             raise Error(Kind.NO_SPACE, "no space left")
 
         monkeypatch.setattr(manifests, "save", full)
@@ -1024,12 +1024,12 @@ def test_start_anew_that_fails_leaves_the_lun_serving_its_disk(site):
 
         site.epochs.create = full
         with pytest.raises(Error, match="no space left"):
-            await site.engine.start(Mode.SECONDARY, anew=True)
+            await site.engine.start(Mode.SECONDARY, again=True)
         assert site.engine.stage is Stage.DONE
         assert await site.top(0) == {FORWARDED}
         await site.own(BLOCK, BLOCK)
         site.epochs.create = make
-        assert await site.engine.start(Mode.SECONDARY, anew=True)
+        assert await site.engine.start(Mode.SECONDARY, again=True, discard=True)
 
     run(story())
 

@@ -1,0 +1,148 @@
+"""What the peer may miss: a map of blocks that outlives the process, and sending them again.
+
+    mark        the peer did not get this, or may not have
+    resend      read here, write through the filter, and when the peer has it take the mark away
+
+The map is beside the manifest. Where it could not be written any more, `complete`
+is false: then more may differ than it says, and only a comparison of the whole
+disks can tell.
+
+A block is read and handed to the filter in one step of the loop, so what is sent
+again is never older than what was written before, and what is written later
+follows it: the filter below keeps the order of writes that overlap.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from tcmu_replication.block import allocation_map
+from tcmu_replication.block.allocation_map import ABSENT, HERE, AllocationMap
+from tcmu_replication.block.node import Node
+from tcmu_replication.block.pending import Pending, attempt, gather, settle
+from tcmu_replication.errors import Error, from_os
+from tcmu_replication.units import BLOCK, KiB
+
+log = logging.getLogger(__name__)
+
+PIECE = 256 * KiB
+"""What is read at once."""
+UNDER_WAY = 16
+"""So many pieces are sent before the next is read."""
+
+
+class Missed:
+    """The map at `path` of a disk of `length` bytes. Until `open` there is nothing in it."""
+
+    def __init__(self, path: Path, length: int) -> None:
+        self.path = path
+        self.complete = True
+        self._length = length
+        self._map: AllocationMap | None = None
+        self._meanwhile: list[tuple[int, int]] = []  # marked while something was being sent
+
+    @property
+    def bytes(self) -> int:
+        """What is marked, in bytes of whole blocks."""
+        return 0 if self._map is None else self._map.here * BLOCK
+
+    def open(self, *, anew: bool = False) -> None:
+        """Open the map, and make it if it is not there; `anew` with nothing in it. Raises `Error`."""
+        self.close()
+        try:
+            if anew:
+                self.path.unlink(missing_ok=True)
+            if not self.path.exists():
+                with open(self.path, "xb") as file:
+                    file.truncate(allocation_map.file_size(self._length))
+                    file.write(allocation_map.header(self._length))
+        except OSError as e:
+            raise from_os(e, f"create {self.path}") from e
+        self._map = AllocationMap(str(self.path), self._length)
+        self.complete = True
+        # Before a manifest names it: without its header the next boot would refuse it.
+        self._map.flush()
+
+    def mark(self, offset: int, length: int) -> bool:
+        """The peer may miss this range. False, and `complete` is false from then on, if it could not be marked."""
+        if length == 0:
+            return True
+        if self._map is None:
+            self.complete = False
+            return False
+        self._meanwhile.append(_blocks(offset, length))
+        try:
+            self._map.mark(*_blocks(offset, length), HERE)
+        except Error as error:
+            if self.complete:
+                log.error("%s: the map of missed writes is not complete any more: %s", self.path, error)
+            self.complete = False
+        return self.complete
+
+    def close(self) -> None:
+        """Close the map; what is marked stays. Twice is fine."""
+        if self._map is not None:
+            self._map.close()
+            self._map = None
+
+    async def resend(self, disk: Node, peer: Node, stopped: Callable[[], bool]) -> None:
+        """Send what is marked again, from `disk` to `peer`, until nothing is, or until `stopped()`.
+
+        Raises the `Error` of the first piece that could not be read or sent; its mark stays.
+        """
+        batch: list[tuple[int, int]] = []
+        for piece in self._pieces():
+            if stopped():
+                return
+            batch.append(piece)
+            if len(batch) == UNDER_WAY:
+                await self._send(batch, disk, peer, stopped)
+                batch = []
+        await self._send(batch, disk, peer, stopped)
+
+    async def _send(
+        self, batch: Iterable[tuple[int, int]], disk: Node, peer: Node, stopped: Callable[[], bool]
+    ) -> None:
+        sent: list[tuple[int, int, Error | None, Pending | None]] = []
+        self._meanwhile.clear()
+        for offset, length in batch:
+            error, pending = attempt(_copy, disk, peer, offset, length)
+            sent.append((offset, length, error, pending))
+        peer.unplug()
+        first: Error | None = None
+        for offset, length, error, pending in sent:
+            try:
+                if error is not None:
+                    raise error
+                await settle(pending)
+            except Error as met:
+                first = first or met
+                continue
+            first_block, last_block = _blocks(offset, length)
+            if self._map is not None and not any(
+                start < last_block and first_block < end for start, end in self._meanwhile
+            ):
+                self._map.mark(first_block, last_block, ABSENT)
+        self._meanwhile.clear()
+        if first is not None:
+            raise first
+
+    def _pieces(self) -> Iterator[tuple[int, int]]:
+        """The marked ranges as (offset, length), none longer than PIECE."""
+        if self._map is None:
+            return
+        for first, last, _ in self._map.marked(0, allocation_map.blocks_of(self._length)):
+            end = min(last * BLOCK, self._length)
+            for offset in range(first * BLOCK, end, PIECE):
+                yield offset, min(PIECE, end - offset)
+
+
+def _copy(disk: Node, peer: Node, offset: int, length: int) -> Pending | None:
+    # A copy: what `fetch` answers need not stay as it is until the peer has it.
+    return gather([peer.write(offset, [memoryview(bytes(disk.fetch(offset, length)))])])
+
+
+def _blocks(offset: int, length: int) -> tuple[int, int]:
+    return offset // BLOCK, allocation_map.blocks_of(offset + length)
