@@ -102,8 +102,8 @@ class NamedReplica:
             raise Error(
                 Kind.INVALID_STATE,
                 f"replication of {engine.name} has ended, and the disks differ since; copy this host's disk to the "
-                f"secondary's and start both with assume-clean (tcmu-replication start {engine.name} "
-                "--assume-clean): that attaches the replica",
+                f"secondary's and start both (tcmu-replication start {engine.name}, on the secondary first), which "
+                "compares them: that attaches the replica",
             )
         running = self._running()
         if running is not None and running.removed:

@@ -43,8 +43,8 @@ from tcmu_replication.daemon.host_check import check_certificates, check_host
 from tcmu_replication.errors import Error, Kind, one_line
 from tcmu_replication.frontend.nbd import Export
 from tcmu_replication.frontend.nbd import Server as NbdServer
-from tcmu_replication.nbd.uri import Tcp, Unix
 from tcmu_replication.jobs.compare import digests
+from tcmu_replication.nbd.uri import Tcp, Unix
 from tcmu_replication.replication.epochs import Epochs
 from tcmu_replication.replication.peer import ControlPeer
 from tcmu_replication.replication.peer_state import News, Peer
@@ -94,10 +94,13 @@ class ReplicationHandler(Handler):
         except Error:
             offload.close()
             raise
-        side = PrimaryBackstore if mine.mode == "primary" else SecondaryBackstore
+        primary = mine.mode == "primary"
         backstore: PairBackstore
         try:
-            backstore = side(resource, context.host, disk, offload)
+            if primary:
+                backstore = PrimaryBackstore(resource, context.host, disk, offload, context.run_directory)
+            else:
+                backstore = SecondaryBackstore(resource, context.host, disk, offload)
         except Error:
             disk.close()
             offload.close()
@@ -304,6 +307,7 @@ class PairBackstore(Backstore):
     def _facts(self) -> Facts:
         """What this end knows of the pair's protection."""
         engine, link = self.engine, self._link()
+        manifest = engine.manifest
         job = next(iter(self._jobs()), None)
         return Facts(
             name=self.resource.name,
@@ -317,6 +321,13 @@ class PairBackstore(Backstore):
             peer_heard_at=link.heard,
             out_of_sync_bytes=self._out_of_sync(),
             error=engine.machine.error,
+            error_since=manifest.error_at or None,
+            outdated_since=manifest.outdated_at or None,
+            detached_since=manifest.detached_at or None,
+            superseded_at=manifest.superseded_at or None,
+            promoted_at=manifest.promoted_at or None,
+            suspect=manifest.suspect,
+            not_ready=None if engine.top.not_ready is None else str(engine.top.not_ready),
             job=None if job is None else f"{job.type} {100 * job.offset // max(1, job.length)} %",
             link_guard="bare" if self.resource.tls is None else "tls",
         )
@@ -347,7 +358,9 @@ class PrimaryBackstore(PairBackstore):
 
     engine: Primary
 
-    def __init__(self, resource: Resource, host: str, disk: File, offload: Offload) -> None:
+    def __init__(
+        self, resource: Resource, host: str, disk: File, offload: Offload, run_directory: Path
+    ) -> None:
         self.resource = resource
         mine = resource.host(host)
         self._peer_name, theirs = resource.peer(host)
@@ -383,6 +396,7 @@ class PrimaryBackstore(PairBackstore):
             pulse=pulse,
             heard=Heard(link.dead_after),
             wait_after_crash=resource.after_crash == "wait",
+            in_flight=run_directory / f"{resource.name}.in-flight",
             disk_name=disk_name(mine.disk),
             peer_name=self._peer_name,
         )
@@ -439,8 +453,6 @@ class PrimaryBackstore(PairBackstore):
 
     def _child_failed(self, failure: Failure) -> None:
         """QEMU's events for a child of the mirror, in sectors of 512 bytes."""
-        if self._detached_since is None and self.engine.mirror.detached:
-            self._detached_since = _now()
         start = failure.offset // 512
         names = self._replica.names
         replica = failure.child if names is None else names.root
@@ -475,6 +487,7 @@ class PrimaryBackstore(PairBackstore):
             peer=self._peer_name,
             in_flight=remote.in_flight,
             in_flight_bytes=remote.in_flight_bytes,
+            heard=self.engine.heard.at,
             since=self._since,
             reason=remote.reason or None,
         )
@@ -483,7 +496,24 @@ class PrimaryBackstore(PairBackstore):
         return self.engine.out_of_sync_bytes
 
     def _facts(self) -> Facts:
-        return super()._facts()._replace(removed=self.engine.removed, detached_since=self._detached_since)
+        engine = self.engine
+        job = engine.comparing
+        comparing = None if job is None else (job.offset, job.length)
+        if engine.stage is Stage.RUNNING and not engine.manifest.verified:
+            comparing = comparing or (0, engine.disk.length)
+        # Without a gap what is marked is being sent again.
+        missed = engine.out_of_sync_bytes
+        return (
+            super()
+            ._facts()
+            ._replace(
+                removed=engine.removed,
+                map_complete=engine.missed.complete,
+                comparing=comparing,
+                out_of_sync_bytes=0 if engine.forwards else missed,
+                resending_bytes=missed if engine.forwards else 0,
+            )
+        )
 
 
 class SecondaryBackstore(PairBackstore):
@@ -592,16 +622,32 @@ class SecondaryBackstore(PairBackstore):
 
     def _link(self) -> schema.Link:
         running = self.engine.stage is Stage.RUNNING
-        connected = running and self._server.server.connections > 0
+        heard = self.engine.heard
+        # A host that lost power leaves its connection open. QEMU is not heard any other way.
+        connected = running and self._server.server.connections > 0 and (self._theirs.qemu or heard.alive)
         return schema.Link(
             state="connected" if connected else "listening" if running else "none",
             peer=self._peer_name,
+            heard=heard.at,
             in_flight=self.engine.forwarding_in_flight,
         )
 
     def _overlays(self) -> schema.Overlays:
         active, hidden = self.engine.overlay_bytes
         return schema.Overlays(active_bytes=active, hidden_bytes=hidden)
+
+    def _facts(self) -> Facts:
+        engine = self.engine
+        unknown = engine.stage is Stage.RUNNING and engine.manifest.paired and not engine.manifest.verified
+        return (
+            super()
+            ._facts()
+            ._replace(
+                last_forwarded_at=engine.last_forwarded or None,
+                comparing=(0, engine.disk.length) if unknown else None,
+                checkpoint_under_way_since=engine.checkpoint_since,
+            )
+        )
 
     def _jobs(self) -> list[schema.Job]:
         job = self.engine.job

@@ -53,6 +53,7 @@ class InFlight:
         self.found: list[tuple[int, int]] | None = None
         head = _header()
         try:
+            path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             try:
                 whole = os.pread(fd, FILE_SIZE + 1, 0)

@@ -62,11 +62,13 @@ class Closed(Node):
 class NotReady(Closed):
     """A disk that must not be served now, though it is there: its data may be old. `reason` says why.
 
-    `waits`: that ends by itself, so initiators do well to try again.
+    `below` is what would be served; nothing is asked of it. `waits`: that ends by itself, so initiators do
+    well to try again.
     """
 
-    def __init__(self, length: int, reason: str, *, waits: bool = False) -> None:
-        super().__init__(length, reason)
+    def __init__(self, below: Node, reason: str, *, waits: bool = False) -> None:
+        super().__init__(below.length, reason)
+        self.child = below
         self.name = "not-ready"
         self.kind = Kind.BECOMING_READY if waits else Kind.NOT_READY
         self.not_ready = self._refuse()

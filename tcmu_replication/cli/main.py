@@ -136,16 +136,55 @@ def status(context: Context, name: str | None, as_json: bool, watch: bool) -> No
 @click.option(
     "--assume-clean", is_flag=True, help="Both disks hold the same data, I know it, do not compare."
 )
+@click.option("--discard-my-data", is_flag=True, help="On the secondary: what was written to its LUN may go.")
+@click.option(
+    "--force", is_flag=True, help="On a primary that is not ready: its disk is the one that counts."
+)
+@click.option("--wait", is_flag=True, help="Wait for the comparison of both disks, with a progress bar.")
 @pass_context
-def start(context: Context, name: str | None, everything: bool, as_json: bool, assume_clean: bool) -> None:
-    """Begin to replicate. Start the secondary first.
+def start(
+    context: Context,
+    name: str | None,
+    everything: bool,
+    as_json: bool,
+    assume_clean: bool,
+    discard_my_data: bool,
+    force: bool,
+    wait: bool,
+) -> None:
+    """Begin to replicate. Start the secondary first, then the primary.
 
-    A primary refuses while its record says that the disks may differ;
-    --assume-clean overrules the record and is answered with your data if it is
-    wrong.
+    The primary compares both disks, by hash, while its LUN goes on. Until that
+    has ended the pair is not protected; status shows how far it is. Disks that
+    differ are an error, and nothing more is forwarded.
+
+    --assume-clean is refused where this host knows better: its LUN was written
+    while nothing was replicated, or an error or missed writes are recorded.
     """
-    arguments = {"assume-clean": True} if assume_clean else {}
-    _command(context, name, everything, as_json, "start", lambda _: arguments, _outcome("started"))
+    chosen = {"assume-clean": assume_clean, "discard-my-data": discard_my_data, "force": force}
+    arguments = {key: True for key, wanted in chosen.items() if wanted}
+    names = _command(context, name, everything, as_json, "start", lambda _: arguments, _outcome("started"))
+    if wait:
+        from tcmu_replication.cli import waiting
+
+        for resource in names:
+            waiting.for_comparison(context.run_directory, resource, quiet=as_json)
+
+
+@cli.command()
+@one_or_all
+@pass_context
+def init(context: Context, name: str | None, everything: bool, as_json: bool) -> None:
+    """Make the overlay directory the resource's.
+
+    A new primary serves its disk alone from then on. Without it a primary asks
+    the secondary whether it knows of a pair, and is not ready until it is told:
+    a directory whose file system is not mounted looks like a new one. The first
+    start does the same.
+    """
+    _command(
+        context, name, everything, as_json, "init", lambda _: {}, lambda _: "the directory is its own now"
+    )
 
 
 @cli.command()
@@ -165,10 +204,19 @@ def checkpoint(context: Context, name: str | None, everything: bool, as_json: bo
 @click.option(
     "--to", type=click.Choice(["latest", "checkpoint"]), help="What this host shall hold afterwards."
 )
+@click.option("--fenced", is_flag=True, help="The old primary is surely off: do not wait until it is silent.")
+@click.option("--force", is_flag=True, help="Whatever is lost by it. Read what is said without it first.")
 @click.option("--wait", is_flag=True, help="Wait for the commit behind it, with a progress bar.")
 @pass_context
 def failover(
-    context: Context, name: str | None, everything: bool, as_json: bool, to: str | None, wait: bool
+    context: Context,
+    name: str | None,
+    everything: bool,
+    as_json: bool,
+    to: str | None,
+    fenced: bool,
+    force: bool,
+    wait: bool,
 ) -> None:
     """Make this host the one that counts.
 
@@ -182,14 +230,22 @@ def failover(
 
     Without --to the resource file's `failover` says which. The LUN is writable
     at once; a commit may run behind (see status).
+
+    It is refused while the primary was heard within the last seconds
+    (`dead-after`), and where this host knows that it misses what the primary
+    had acknowledged. --fenced is for a cluster manager that has powered the
+    primary off; --force gives up what the refusal names.
     """
 
-    def arguments(resource: str) -> dict[str, str]:
+    def arguments(resource: str) -> dict[str, Any]:
+        chosen: dict[str, Any] = {
+            key: True for key, wanted in (("fenced", fenced), ("force", force)) if wanted
+        }
         if to is not None:
-            return {"to": to}
+            return {"to": to, **chosen}
         from tcmu_replication.daemon import config
 
-        return {"to": config.find(resource, context.config_directory).failover_to(None)}
+        return {"to": config.find(resource, context.config_directory).failover_to(None), **chosen}
 
     names = _command(context, name, everything, as_json, "failover", arguments, _failover_line)
     if wait:
@@ -201,13 +257,15 @@ def failover(
 
 @cli.command()
 @one_or_all
+@click.option("--force", is_flag=True, help="Although this host's LUN is in use and would serve old data.")
 @pass_context
-def stop(context: Context, name: str | None, everything: bool, as_json: bool) -> None:
+def stop(context: Context, name: str | None, everything: bool, as_json: bool, force: bool) -> None:
     """Stop replicating without a failover.
 
     A secondary makes a last checkpoint and then serves its disk.
     """
-    _command(context, name, everything, as_json, "stop-replication", lambda _: {}, _outcome("stopped"))
+    arguments = {"force": True} if force else {}
+    _command(context, name, everything, as_json, "stop-replication", lambda _: arguments, _outcome("stopped"))
 
 
 @cli.command()

@@ -35,6 +35,27 @@ def for_jobs(run_directory: Path, name: str, *, quiet: bool) -> None:
         click.echo(f"{name}: stage {status['stage']}")
 
 
+def for_comparison(run_directory: Path, name: str, *, quiet: bool) -> None:
+    """Return when both disks have been compared. Raises MISCOMPARE if they are not known to be equal then."""
+    status = _status(run_directory, name)
+    if status["mode"] != "primary":
+        return
+    comparing = status.get("comparing")
+    if comparing is not None:
+        nowhere = StringIO() if quiet else None
+        with click.progressbar(length=comparing["total"], label=f"{name}: compare", file=nowhere) as bar:
+            while comparing is not None and status["stage"] == "running" and not status["error"]:
+                bar.update(comparing["done"] - bar.pos)
+                time.sleep(PERIOD_S)
+                status = _status(run_directory, name)
+                comparing = status.get("comparing")
+            bar.update((bar.length or 0) - bar.pos)
+    if status["error"]:
+        raise Error(Kind.MISCOMPARE, f"{name}: {status['error']}")
+    if not quiet:
+        click.echo(f"{name}: both disks are equal")
+
+
 def _status(run_directory: Path, name: str) -> dict[str, Any]:
     result: dict[str, Any] = ask(run_directory, name, "query-status", timeout=STATUS_S)
     return result

@@ -22,7 +22,7 @@ Handler = Callable[[Any, Session], Awaitable[Any]]
 
 
 class ControllersStart(Start, frozen=True, kw_only=True):
-    """Start, as QEMU means it: who controls both ends vouches for the disks, and a replication that is done stays so."""
+    """Start, as QEMU means it: who controls both ends vouches for the disks, and what is done stays done."""
 
 
 class ControllersCheckpoint(Nothing, frozen=True, kw_only=True):

@@ -43,7 +43,7 @@ from tcmu_replication.block.remote import Remote, State
 from tcmu_replication.block.replication import Forward, NotReady
 from tcmu_replication.errors import Error, Kind
 from tcmu_replication.jobs.compare import Compare, Difference, digests
-from tcmu_replication.jobs.job import JobStatus
+from tcmu_replication.jobs.job import Job, JobStatus
 from tcmu_replication.replication.end import End, now
 from tcmu_replication.replication.manifest import Manifest
 from tcmu_replication.replication.missed import Missed
@@ -61,8 +61,8 @@ RETRY_S = 1.0
 """The pause before something that failed for want of the peer, or of the disk, is tried again."""
 
 THE_WAY_BACK = (
-    "stop the initiators; tcmu-replication stop {name} here, and stop {name} --force on the secondary; copy this host's "
-    "disk to the secondary's disk; start the secondary, then this host: start compares both disks"
+    "stop the initiators; tcmu-replication stop {name} here and on the secondary; copy this host's disk to the "
+    "secondary's disk; start the secondary, then this host: start compares both disks"
 )
 
 
@@ -73,7 +73,9 @@ class Primary(End):
     open; it awaits `verify` before a connection counts. `detach` says that the
     peer serves where the local disk fails. With a `pulse` the peer is asked and
     told every second, and before this host serves after it went down; without
-    one (the peer is QEMU) nobody can be asked. `peer_name` is for messages.
+    one (the peer is QEMU) nobody can be asked. `in_flight` is where writes under way
+    are noted: best on a file system in memory, since a store into a page of a disk that
+    hangs would stop the whole process. `peer_name` is for messages.
     """
 
     mode = Mode.PRIMARY
@@ -92,6 +94,7 @@ class Primary(End):
         pulse: Pulse | None = None,
         heard: Heard | None = None,
         wait_after_crash: bool = True,
+        in_flight: Path | None = None,
         disk_name: str = "",
         peer_name: str = "the secondary",
     ) -> None:
@@ -103,6 +106,7 @@ class Primary(End):
         self._stage_changed = stage_changed
         self._pulse = pulse
         self._wait_after_crash = wait_after_crash
+        self._in_flight_path = in_flight or directory / "in-flight"
         self._peer_name = peer_name
         self._removed = False
         self._waiting: Manifest | None = None
@@ -123,9 +127,9 @@ class Primary(End):
     # --- what is shown
 
     @property
-    def job(self) -> Compare | None:
-        """The comparison of both disks, running or ended."""
-        return self._compare
+    def job(self) -> Job | None:
+        """A primary has no jobs that a controller knows; see `comparing`."""
+        return None
 
     @property
     def comparing(self) -> Compare | None:
@@ -165,7 +169,7 @@ class Primary(End):
             self.manifest = found
             self.machine = Machine(Mode.PRIMARY, found.stage, found.error)
             if found.superseded_at:
-                self._set(NotReady(self.disk.length, self._superseded(found.superseded_at)))
+                self._set(NotReady(self.mirror, self._superseded(found.superseded_at)))
             elif found.stage is Stage.RUNNING and self._must_ask(found):
                 self._waiting = found
                 self._wait_for_peer(
@@ -196,7 +200,7 @@ class Primary(End):
         self.missed.open()
         if not found.map_complete:
             self.missed.complete = False
-        self._in_flight = InFlight(self._directory / "in-flight", self.disk.length)
+        self._in_flight = InFlight(self._in_flight_path, self.disk.length)
         this_boot = boot.boot_id()
         outdated_at = found.outdated_at
         reason = None if found.clean else self._what_was_under_way(this_boot)
@@ -232,7 +236,9 @@ class Primary(End):
         for offset, length in self._in_flight.found:
             self.missed.mark(offset, length)
         if not self.missed.complete:
-            return "the worker died, and the writes that were under way could not be noted: the disks may differ in those"
+            return (
+                "the worker died, and the writes under way could not be noted: the disks may differ in those"
+            )
         return None
 
     async def close(self) -> None:
@@ -283,7 +289,7 @@ class Primary(End):
 
     def _wait_for_peer(self, reason: str, decide: Callable[[PeerState], Awaitable[bool]]) -> None:
         """Not ready, until `decide` has decided by what the peer says."""
-        self._set(NotReady(self.disk.length, reason, waits=True))
+        self._set(NotReady(self.mirror, reason, waits=True))
         log.warning("%s: not ready: %s", self.name, reason)
         assert self._pulse is not None
 
@@ -321,11 +327,11 @@ class Primary(End):
         if state.paired or state.promoted_at:
             await self._end_waiting()
             reason = (
-                f"{self._directory} has no manifest, but {self._peer_name} knows {self.name} as a pair: its file system "
-                "may not be mounted. Mount it and restart the worker. Only if it is lost for good, and this host's disk "
-                f"has the pair's last data: tcmu-replication start {self.name} --force"
+                f"{self._directory} has no manifest, but {self._peer_name} knows {self.name} as a pair: its file "
+                "system may not be mounted. Mount it and restart the worker. Only if it is lost for good, and this "
+                f"host's disk has the pair's last data: tcmu-replication start {self.name} --force"
             )
-            await self._install(NotReady(self.disk.length, reason))
+            await self._install(NotReady(self.mirror, reason))
             log.error("%s: not ready: %s", self.name, reason)
             return True
         await self._end_waiting()
@@ -424,7 +430,7 @@ class Primary(End):
             return
         reason = self._superseded(state.promoted_at)
         log.critical("%s: %s", self.name, reason)
-        not_ready = NotReady(self.disk.length, reason)
+        not_ready = NotReady(self.mirror, reason)
         assert not_ready.not_ready is not None
         self.mirror.refuse(not_ready.not_ready)
         if self.filter is not None:
@@ -482,6 +488,9 @@ class Primary(End):
             if self._waiting is not None and force:
                 await self._take_up(self._waiting)
                 return True
+            waits = self.top.not_ready is not None and self.manifest.sequence == 0
+            if waits and not force:
+                await self._new_here(await self._peer.hello(News()))
             if not force and self.top.not_ready is not None:
                 raise Error(Kind.INVALID_STATE, str(self.top.not_ready))
             before = self.machine
@@ -544,7 +553,7 @@ class Primary(End):
         """With requests held: from now on every write goes to both disks."""
         self.missed.open(anew=True)
         if self._in_flight is None:
-            self._in_flight = InFlight(self._directory / "in-flight", self.disk.length)
+            self._in_flight = InFlight(self._in_flight_path, self.disk.length)
         self._in_flight.clear()
         self._save(
             stage=Stage.RUNNING,
@@ -656,8 +665,9 @@ class Primary(End):
     # --- checkpoints
 
     async def checkpoint(self, name: str = "") -> float | None:
-        """End the pair's epoch, as the checkpoint `name` if it has one. The pause in milliseconds, or None if QEMU's rules ignore it.
+        """End the pair's epoch, as the checkpoint `name` if it has one.
 
+        The pause in milliseconds, or None if QEMU's rules ignore it.
         New writes are held and those in flight awaited; then the secondary moves its
         epoch. If it does not answer, nothing is sent to it before it has said whether
         it has moved: a checkpoint that was given up never gets later writes.

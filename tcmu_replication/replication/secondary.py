@@ -572,12 +572,13 @@ class Secondary(End):
         async with self._command():
             if self.machine.ask(Operation.STOP) is Action.IGNORE:
                 return False
-            if not force and (self.manifest.outdated_at or self.machine.error is not None):
+            user = self._in_use()
+            if user and not force and (self.manifest.outdated_at or self.machine.error is not None):
                 since = self.manifest.outdated_at or self.manifest.error_at
                 raise Error(
                     Kind.INVALID_STATE,
                     f"this host's disk of {self.name} is outdated since {since} ({self.machine.error}); after stop its "
-                    "LUN would serve it. --force, if no initiator can reach it here",
+                    f"LUN would serve that to whoever uses it here ({user}). Remove its exports here first",
                 )
             await self._serve_disk(Operation.STOP, promoted=False)
             log.info("%s: stopped after a last checkpoint", self.name)

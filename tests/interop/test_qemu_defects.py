@@ -196,7 +196,7 @@ def test_commit_killed_at_random_moments_is_finished_by_the_next_process(
                 expected = bytearray(worker.disk.read_bytes())
                 scatter(rng, forward, None, 20)
                 scatter(rng, own, expected, 20)
-                control(worker, "failover", to="checkpoint")
+                control(worker, "failover", to="checkpoint", force=True)
                 time.sleep(rng.uniform(0, 0.05))
                 worker.kill()
             worker.start()
@@ -258,7 +258,7 @@ def test_late_writes_of_the_primary_do_not_reach_a_failed_over_secondary(place: 
             qemu.until(
                 lambda: control(pair.beta, "query-status")["overlays"]["hidden-bytes"] > 4 * MiB, "the flood"
             )
-            control(pair.beta, "failover", to="checkpoint")
+            control(pair.beta, "failover", to="checkpoint", force=True)
             wait_for_stage(pair.beta, "done")
             qemu.until(lambda: control(pair.alpha, "query-errors")["error"], "the primary's error")
         finally:

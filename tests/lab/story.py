@@ -213,7 +213,7 @@ class Story:
 
     def failover(self) -> str:
         began = time.monotonic()
-        self.pair.command(self.beta, "failover", "--to", self.ending)
+        self.pair.command(self.beta, "failover", "--to", self.ending, "--fenced")
         return f"done in {time.monotonic() - began:.1f} s; stage {self.pair.status(self.beta)['stage']}"
 
     def take_over(self) -> str:

@@ -205,7 +205,7 @@ class Pair:
     def replicate(self) -> None:
         """`start` on both, the secondary first."""
         self.beta.cli("start", "disk0")
-        self.alpha.cli("start", "disk0")
+        self.alpha.cli("start", "disk0", "--wait")
 
 
 def _becoming(user: int | None) -> list[str]:

@@ -47,5 +47,5 @@ def test_secondary_that_meets_a_defect_ends_and_takes_up_where_it_was(pair: Pair
     pair.beta.cli("errors", "disk0")
     assert pair.alpha.disk.read_bytes() == pair.beta.disk.read_bytes()
     pair.alpha.kill()
-    pair.beta.cli("failover", "disk0", "--to", "latest")
+    pair.beta.cli("failover", "disk0", "--to", "latest", "--fenced")
     pair.beta.io("read -P 0x11 0 1M", "read -P 0x33 2M 64k", "read -P 0x22 2112k 960k")

@@ -148,5 +148,5 @@ def test_failover_on_the_secondary_while_the_primarys_disk_hangs(pair: Pair, tmp
             running = subprocess.Popen(["qemu-io", "-f", "raw", pair.alpha.uri, "-c", "write -P 0x44 2M 1M"])
             meanwhile.callback(running.wait)
             until(lambda: bool(hangs(pair.alpha)))
-            pair.beta.cli("failover", "disk0", "--to", "latest")
+            pair.beta.cli("failover", "disk0", "--to", "latest", "--fenced")
             pair.beta.io("read -P 0x22 0 1M", "write -P 0x55 0 1M", "read -P 0x55 0 1M")

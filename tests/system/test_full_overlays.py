@@ -42,7 +42,7 @@ def fill(folder: Path, leave: int) -> None:
         os.posix_fallocate(file.fileno(), 0, room.f_bavail * room.f_frsize - leave)
 
 
-@pytest.mark.parametrize("left", [600 * KiB], ids=["600 KiB left"])
+@pytest.mark.parametrize("left", [600 * KiB, 0], ids=["600 KiB left", "full"])
 @pytest.mark.parametrize("host", ["alpha", "beta"])
 def test_worker_that_dies_on_a_full_overlay_file_system_is_started_again(
     tmp_path: Path, host: str, left: int
@@ -82,5 +82,5 @@ def test_overlay_that_fills_its_file_system_forbids_neither_restart_nor_failover
         pair.alpha.kill()
         pair.beta.kill()
         pair.beta.start()
-        pair.beta.cli("failover", "disk0", "--to", to, "--wait")
+        pair.beta.cli("failover", "disk0", "--to", to, "--force", "--wait")
         pair.beta.io("read -P 0x44 0 1M" if to == "latest" else "read -P 0x33 0 16M")

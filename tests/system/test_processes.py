@@ -40,7 +40,7 @@ def test_replicate_checkpoint_and_fail_over_to_the_checkpoint(pair):
     pair.alpha.io("write -P 0x33 4M 8M")
     pair.beta.io("read -P 0x22 0 8M", "read -P 0 8M 8M", "write -P 0x44 1M 1M", "read -P 0x44 1M 1M")
     assert same(pair)
-    pair.beta.cli("failover", "disk0", "--to", "checkpoint", "--wait")
+    pair.beta.cli("failover", "disk0", "--to", "checkpoint", "--force", "--wait")
     assert pair.beta.status()["stage"] == "done"
     pair.beta.io("read -P 0x22 0 1M", "read -P 0x44 1M 1M", "read -P 0x22 2M 6M", "read -P 0 8M 8M")
     assert pair.beta.disk.read_bytes()[: 10 * MiB] == (
@@ -52,7 +52,7 @@ def test_fail_over_to_the_latest(pair):
     pair.replicate()
     pair.alpha.io("write -P 0x22 0 8M")
     pair.beta.io("write -P 0x44 1M 1M")
-    pair.beta.cli("failover", "disk0", "--to", "latest")
+    pair.beta.cli("failover", "disk0", "--to", "latest", "--force")
     pair.beta.io("read -P 0x22 0 8M", "write -P 0x55 0 1M", "read -P 0x55 0 1M")
 
 
@@ -161,7 +161,8 @@ def test_overlay_limit_fails_the_forwarded_write_and_keeps_the_checkpoint(tmp_pa
 def test_all_resources_at_once_prints_a_line_each(pair):
     done = pair.beta.cli("start", "--all")
     assert done.stdout == "disk0: started\n"
-    answers = json.loads(pair.beta.cli("checkpoint", "--all", "--json").stdout)
+    pair.alpha.cli("start", "--all", "--wait")
+    answers = json.loads(pair.alpha.cli("checkpoint", "--all", "--json").stdout)
     assert [a["resource"] for a in answers] == ["disk0"]
     assert answers[0]["result"]["epoch"] == 2
 
@@ -172,14 +173,14 @@ def test_second_worker_on_the_same_resource_is_refused(pair):
     assert "already served by process" in second.stderr
 
 
-def test_stop_on_both_ends_leaves_equal_disks_and_start_needs_assume_clean(pair):
+def test_stop_on_both_ends_leaves_equal_disks_and_start_compares_them(pair):
+    """D6: start means start."""
     pair.replicate()
     pair.alpha.io("write -P 0x22 0 1M")
     pair.alpha.cli("stop", "disk0")
     pair.beta.cli("stop", "disk0")
     assert same(pair)
-    assert pair.beta.cli("start", "disk0").stdout.startswith("disk0: ignored")
-    pair.beta.cli("start", "disk0", "--assume-clean")
-    pair.alpha.cli("start", "disk0", "--assume-clean")
+    pair.replicate()
     pair.alpha.io("write -P 0x33 0 1M")
     pair.beta.io("read -P 0x22 0 1M")
+    assert pair.alpha.cli("checkpoint", "disk0").stdout.startswith("disk0: checkpoint")

@@ -59,7 +59,7 @@ def test_replication_checkpoint_and_failover_inside_of_tls(pair):
     pair.alpha.io("write -P 0x33 4M 8M")
     assert same(pair)
     pair.beta.io("read -P 0x22 0 8M", "read -P 0 8M 8M")
-    pair.beta.cli("failover", "disk0", "--to", "checkpoint", "--wait")
+    pair.beta.cli("failover", "disk0", "--to", "checkpoint", "--force", "--wait")
     pair.beta.io("read -P 0x22 0 8M", "read -P 0 8M 8M")
 
 

@@ -52,12 +52,15 @@ class Worker:
 @pytest.mark.parametrize(
     ("arguments", "asked"),
     [
-        (SetReplication(enable=True, primary=False), ("start", schema.Start())),
-        (SetReplication(enable=False, primary=False), ("stop-replication", schema.Nothing())),
-        (SetReplication(enable=False, primary=True, failover=False), ("stop-replication", schema.Nothing())),
+        (SetReplication(enable=True, primary=False), ("start", qemu.ControllersStart())),
+        (SetReplication(enable=False, primary=False), ("stop-replication", schema.Stop(force=True))),
+        (
+            SetReplication(enable=False, primary=True, failover=False),
+            ("stop-replication", schema.Stop(force=True)),
+        ),
         (
             SetReplication(enable=False, primary=False, failover=True),
-            ("failover", schema.Failover(to="checkpoint")),
+            ("failover", schema.Failover(to="checkpoint", force=True)),
         ),
     ],
     ids=["start", "stop", "stop-whatever-primary-says", "failover"],
@@ -72,7 +75,7 @@ def test_failover_of_a_primary_is_a_stop_as_in_qemu() -> None:
     worker = Worker()
     worker.results["query-status"] = status(stage="running", mode="primary")
     worker.call("xen-set-replication", SetReplication(enable=False, primary=True, failover=True))
-    assert worker.asked[-1] == ("stop-replication", schema.Nothing())
+    assert worker.asked[-1] == ("stop-replication", schema.Stop(force=True))
 
 
 def test_start_in_the_other_mode_is_refused_in_qemus_words() -> None:
@@ -122,8 +125,8 @@ def test_colo_status(mode: str, stage: str, answer: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("mode", "asked"),
     [
-        ("secondary", ("failover", schema.Failover(to="checkpoint"))),
-        ("primary", ("stop-replication", schema.Nothing())),
+        ("secondary", ("failover", schema.Failover(to="checkpoint", force=True))),
+        ("primary", ("stop-replication", schema.Stop(force=True))),
     ],
 )
 def test_lost_heartbeat_of_a_running_end(mode: str, asked: tuple[str, Any]) -> None:

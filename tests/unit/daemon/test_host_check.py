@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from tcmu_replication.daemon import config, host_check
@@ -101,7 +102,9 @@ def test_overlay_directory_not_writable(tmp_path: Path, monkeypatch: pytest.Monk
 def remember(resource: config.Resource, /, **changes: Any) -> None:
     """What a worker of it has written down."""
     said = {"resource": resource.name, "mode": Mode.PRIMARY, "stage": Stage.RUNNING, "length": SIZE}
-    manifest.save(Path(resource.host("alpha").overlays), manifest.Manifest(**(said | changes)))
+    before = manifest.Manifest(**(said | changes))
+    now = msgspec.structs.replace(before, sequence=1)
+    manifest.save(Path(resource.host("alpha").overlays), now, before)
 
 
 def test_overlay_directory_on_a_full_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

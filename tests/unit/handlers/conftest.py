@@ -39,7 +39,7 @@ def play(tmp_path: Path) -> Callable[..., None]:
             async with asyncio.timeout(PATIENCE_S):
                 if started:
                     await beta.ask("start")
-                    await alpha.ask("start")
+                    await alpha.ask("start", assume_clean=True)
                 await story(alpha, beta)
         finally:
             await alpha.close()

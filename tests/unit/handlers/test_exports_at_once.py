@@ -47,7 +47,7 @@ def test_disk_is_not_exported_for_writing_while_a_failover_takes_it_away(play: A
         forwarded.hold()  # so that the export ends slowly
         writing = asyncio.create_task(asyncio.to_thread(nbd.write, 0, b"\1" * 512))
         await until(lambda: forwarded.waiting)
-        failover = asyncio.create_task(beta.ask("failover", to=to))
+        failover = asyncio.create_task(beta.ask("failover", to=to, force=True))
         await until(lambda: "disk0-disk" not in server.exports)
         tries = []
         while not failover.done():
@@ -95,7 +95,7 @@ def test_server_is_stopped_twice_while_exports_come_and_go(play: Any) -> None:
             "NBD server not running",
         ]
         assert server.exports == ()
-        assert (await beta.ask("failover", to="checkpoint"))["to"] == "checkpoint"
+        assert (await beta.ask("failover", to="checkpoint", force=True))["to"] == "checkpoint"
         await asyncio.gather(reading, return_exceptions=True)
         nbd.close()
 

@@ -75,7 +75,7 @@ def test_name_of_the_forwarded_writes_is_taken(play: Any) -> None:
                 await beta.ask("nbd-server-add", **({"writable": True} | options))
         assert await beta.ask("query-block-exports") == []
         await beta.ask("start")
-        await alpha.ask("start")
+        await alpha.ask("start", assume_clean=True)
         await alpha.write(0, 3)
         assert beta.disk[0] == 3
 
@@ -87,10 +87,10 @@ def test_forwarded_writes_may_have_their_name_before_the_start(play: Any) -> Non
         await beta.ask("nbd-server-start", addr=inet("127.0.0.2", beta.backstore.resource.link.port))
         await beta.ask("nbd-server-add", device="disk0-disk", name="disk0", writable=True)
         await beta.ask("start")
-        await alpha.ask("start")
+        await alpha.ask("start", assume_clean=True)
         await alpha.write(0, 3)
         assert (beta.disk[0], bytes(beta.backstore.top.fetch(0, 1))) == (3, b"\0")
-        await beta.ask("failover", to="checkpoint")
+        await beta.ask("failover", to="checkpoint", force=True)
         assert beta.told("BLOCK_EXPORT_DELETED") == [{"id": "disk0"}]
         with pytest.raises((ConnectionError, NbdError)):
             async with client(beta, "disk0"):

@@ -19,7 +19,7 @@ def test_commit_is_a_visible_job_with_its_events(play: Any) -> None:
     async def story(alpha: End, beta: End) -> None:
         await alpha.write(0, 1)
         assert await beta.ask("query-block-jobs") == await beta.ask("query-jobs") == []
-        await beta.ask("failover", to="checkpoint")
+        await beta.ask("failover", to="checkpoint", force=True)
         [job] = await beta.ask("query-block-jobs")
         assert (job["type"], job["device"], job["status"], job["busy"]) == (
             "commit",
@@ -48,7 +48,7 @@ def test_commit_that_fails_tells_what_it_could_not_do(play: Any, monkeypatch: py
             raise Error(Kind.IO, "the medium is broken")
 
         monkeypatch.setattr(beta.backstore.disk, "write", broken)
-        await beta.ask("failover", to="checkpoint")
+        await beta.ask("failover", to="checkpoint", force=True)
         await beta.until(Stage.FAILOVER_FAILED)
         assert beta.told("BLOCK_JOB_ERROR") == [
             {"device": "commit-disk0", "operation": "write", "action": "report"}
@@ -64,7 +64,7 @@ def test_commit_that_fails_tells_what_it_could_not_do(play: Any, monkeypatch: py
 def test_commit_that_is_cancelled(play: Any) -> None:
     async def story(alpha: End, beta: End) -> None:
         await alpha.write(0, 1)
-        await beta.ask("failover", to="checkpoint")
+        await beta.ask("failover", to="checkpoint", force=True)
         await beta.ask("block-job-cancel", device="commit-disk0")
         assert beta.backstore.engine.stage is Stage.FAILOVER_FAILED
         assert [event["device"] for event in beta.told("BLOCK_JOB_CANCELLED")] == ["commit-disk0"]
@@ -82,7 +82,7 @@ def test_backup_that_is_cancelled_is_its_unexpected_end(play: Any) -> None:
         assert [event["type"] for event in beta.told("BLOCK_JOB_CANCELLED")] == ["backup"]
         assert (await beta.ask("query-errors"))["error"]
         with pytest.raises(Error, match=stages.BACKUP_GONE):
-            await beta.ask("checkpoint")
+            await beta.backstore.engine.checkpoint()
         with pytest.raises(Error, match="Job not found"):
             await beta.ask("job-cancel", id="backup-disk0")
         with pytest.raises(Error, match="Block job 'backup-disk0' not found"):
@@ -187,7 +187,7 @@ def test_device_exported_before_the_start_saves_pre_images_after_it(play: Any) -
         assert bytes(beta.backstore.top.fetch(0, 1)) == b"\1"
         with pytest.raises(Error, match="export 'disk0-disk' still in use"):
             await beta.ask("nbd-server-remove", name="disk0-disk")
-        await beta.ask("failover", to="checkpoint")
+        await beta.ask("failover", to="checkpoint", force=True)
         assert beta.told("BLOCK_EXPORT_DELETED") == [{"id": "disk0-disk"}]
         with pytest.raises(ConnectionError):
             await asyncio.to_thread(client.write, 0, b"\3" * BLOCK)
