@@ -130,7 +130,7 @@ class OurPair:
         )
         return (
             f'[resource]\nname = "{NAME}"\nsize = {self.length}\ndurable = {str(self.durable).lower()}\n'
-            f"[link]\nport = {self.port}\ncontrol-port = {self._control_port}\n"
+            f'[link]\nport = {self.port}\ncontrol-port = {self._control_port}\ntrust = "address"\n'
             f'[nbd]\nlisten = "unix:{self.directory}/{here}.nbd"\n{hosts}'
         )
 

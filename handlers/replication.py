@@ -9,8 +9,8 @@
 
 Beside the LUN it offers the commands of the control socket (QEMU's views of
 jobs, nodes and exports are in files of their own), and on a secondary
-the two TCP ports that only the primary's address may open, with TLS only its
-certificate. Where the peer is QEMU there is no control port.
+the two TCP ports that only the primary's address may open, who besides knows the
+shared secret, or has its certificate with TLS. Where the peer is QEMU there is no control port.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from tcmu_replication.control.server import Handler as CommandHandler
 from tcmu_replication.control.server import Server as ControlServer
 from tcmu_replication.control.session import Session
 from tcmu_replication.daemon import config as resources
+from tcmu_replication.daemon import guards
 from tcmu_replication.daemon.config import QemuHost, Resource
 from tcmu_replication.daemon.handler import Backstore, Context, Handler
 from tcmu_replication.daemon.host_check import check_certificates, check_host
@@ -80,7 +81,7 @@ class ReplicationHandler(Handler):
         """See `Handler.check`."""
         others, _ = resources.load_all(context.config_directory)
         resource = resources.find(config, context.config_directory)
-        for warning in check_host(resource, context.host, others.values()):
+        for warning in check_host(resource, context.host, others.values()) + guards.warnings(resource):
             log.warning("%s", warning)
 
     async def open(self, config: str, context: Context) -> Backstore:
@@ -382,6 +383,7 @@ class PrimaryBackstore(PairBackstore):
                 timeout=link.timeout,
                 generation=lambda: self.engine.manifest.generation,
                 tls=self._client_tls,
+                secret=guards.secret(resource, "control"),
             )
             pulse = Pulse(resource.name)
         engine = Primary(
@@ -428,6 +430,7 @@ class PrimaryBackstore(PairBackstore):
             reconnect_delay=link.reconnect_delay,
             timeout=link.timeout,
             tls=self._client_tls,
+            secret=guards.secret(self.resource, "nbd"),
             verify=verify,
             on_state=self._link_changed,
         )
@@ -532,6 +535,7 @@ class SecondaryBackstore(PairBackstore):
         server = NbdServer(
             allow=lambda address: ipaddress.ip_address(address) == allowed,
             tls=self._tls(*names, server_side=True),
+            secret=guards.secret(resource, "nbd"),
         )
         self._server = LinkServer(resource.name, mine.address, resource.link, server)
         engine = Secondary(
@@ -608,7 +612,11 @@ class SecondaryBackstore(PairBackstore):
         await self._server.listen()
         if not self._theirs.qemu:
             await control.listen_tcp(
-                self._mine.address, self.resource.link.control_port, self._theirs.address, self._control_tls
+                self._mine.address,
+                self.resource.link.control_port,
+                self._theirs.address,
+                self._control_tls,
+                guards.secret(self.resource, "control"),
             )
 
     def _refused(self, why: str) -> None:

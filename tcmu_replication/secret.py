@@ -127,7 +127,7 @@ class Proof:
         return b""
 
     def _hung_up(self) -> str:
-        if self._role == "server" and not self._received:
+        if not self._theirs and not self._received:
             return (
                 "it hung up instead of proving that it knows the shared secret; `secret` may be missing there"
             )

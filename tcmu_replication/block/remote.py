@@ -30,6 +30,7 @@ from tcmu_replication.nbd.connect import connect
 from tcmu_replication.nbd.handshake_client import Agreement
 from tcmu_replication.nbd.protocol import Command, CommandFlag, TransmissionFlag
 from tcmu_replication.nbd.uri import Address
+from tcmu_replication.secret import Secret
 from tcmu_replication.tls import Context
 from tcmu_replication.units import GiB
 
@@ -63,7 +64,8 @@ class Remote(Node):
     connect and how long the server may be silent while it owes an answer. `verify` is
     awaited, within `timeout`, before each connection counts; it raises Error to refuse it,
     and with CONFLICT to refuse it for good: then requests do not wait any longer.
-    `on_state(state, reason)` hears of every change. With `tls` every connection is inside of it.
+    `on_state(state, reason)` hears of every change. With `tls` every connection is inside of it, with
+    `secret` both ends prove that they know it.
 
     A server without FUA gets a flush behind the write; without write-zeroes,
     zeroes; without trim, discards end at once without effect; without flush,
@@ -85,6 +87,7 @@ class Remote(Node):
         timeout: float = 10.0,
         max_in_flight: int = 256,
         tls: Context | None = None,
+        secret: Secret | None = None,
         verify: Callable[[], Awaitable[None]] | None = None,
         on_state: Callable[[State, str], None] | None = None,
     ) -> None:
@@ -98,6 +101,7 @@ class Remote(Node):
         self._open_timeout_s = open_timeout
         self._timeout_s = timeout
         self._tls = tls
+        self._secret = secret
         self._verify = verify
         self._on_state = on_state
         self._agreement: Agreement | None = None
@@ -191,7 +195,7 @@ class Remote(Node):
     async def _connect(self) -> None:
         """Make a connection, check it, and go on with it."""
         sock, agreement, received = await connect(
-            self.address, self.export, timeout_s=self._timeout_s, tls=self._tls
+            self.address, self.export, timeout_s=self._timeout_s, tls=self._tls, secret=self._secret
         )
         try:
             self._check(agreement)

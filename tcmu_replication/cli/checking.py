@@ -13,6 +13,7 @@ import click
 from tcmu_replication.cli import exits
 from tcmu_replication.daemon import config
 from tcmu_replication.daemon.config import Resource
+from tcmu_replication.daemon.guards import link_guard, nbd_guard
 from tcmu_replication.daemon.host_check import check_certificates, check_host
 from tcmu_replication.daemon.listeners import check_listeners
 from tcmu_replication.daemon.places import Context
@@ -22,7 +23,7 @@ GOOD, WRONG, ELSEWHERE = "good", "wrong", "elsewhere"
 WIDTH = 80
 
 Report = dict[str, Any]
-"""What is said of a file: its `verdict`, this host's `mode` in it, how the `link` is guarded, `errors`, `warnings`."""
+"""What is said of a file: its `verdict`, this host's `mode`, what guards `link` and `nbd`, `errors`, `warnings`."""
 
 
 def run(files: Sequence[Path] | None, context: Context, *, as_json: bool) -> None:
@@ -44,7 +45,7 @@ def run(files: Sequence[Path] | None, context: Context, *, as_json: bool) -> Non
 
 def _report(path: Path, context: Context, others: Collection[Resource]) -> Report:
     report: Report = {"file": str(path), "verdict": GOOD, "host": context.host}
-    report |= {"mode": None, "link": None, "hosts": [], "errors": [], "warnings": []}
+    report |= {"mode": None, "link": None, "nbd": None, "hosts": [], "errors": [], "warnings": []}
     try:
         resource = config.load(path)
     except Error as error:
@@ -52,7 +53,8 @@ def _report(path: Path, context: Context, others: Collection[Resource]) -> Repor
     report["hosts"] = [name for name in sorted(resource.hosts) if resource.is_served_on(name)]
     if not resource.is_served_on(context.host):
         return report | {"verdict": ELSEWHERE}
-    report |= {"mode": resource.host(context.host).mode, "link": _guard(resource)}
+    report |= {"mode": resource.host(context.host).mode, "link": link_guard(resource)}
+    report["nbd"] = nbd_guard(resource)
     checks: list[Callable[[], list[str]]] = [
         lambda: check_host(resource, context.host, others),
         lambda: check_certificates(resource, context.host),
@@ -77,13 +79,6 @@ def _refuse_host(report: Report, host: str) -> None:
     )
 
 
-def _guard(resource: Resource) -> str:
-    """How what the hosts send each other is guarded."""
-    if resource.tls is not None:
-        return "TLS, both hosts show certificates"
-    return "plain text, for a network of its own: the peer's address is all that is asked for"
-
-
 def _print(reports: Sequence[Report], directory: Path) -> None:
     if not reports:
         click.echo(f"no resource files in {directory}")
@@ -95,7 +90,9 @@ def _print(reports: Sequence[Report], directory: Path) -> None:
             _say(f"{file}: good, and {host} has no part in it")
         if report["verdict"] == GOOD:
             _say(f"{file}: good, {report['mode']} on {host}")
-            _say(f"link: {report['link']}", "  ")
+            for port in ("link", "nbd"):
+                if report[port] is not None:
+                    _say(f"{port}: {report[port]}", "  ")
         for warning in report["warnings"]:
             _say(f"warning: {warning}", "  ")
 

@@ -164,6 +164,7 @@ def start(
     chosen = {"assume-clean": assume_clean, "discard-my-data": discard_my_data, "force": force}
     arguments = {key: True for key, wanted in chosen.items() if wanted}
     names = _command(context, name, everything, as_json, "start", lambda _: arguments, _outcome("started"))
+    _warn_of_bare_ports(context, names)
     if wait:
         from tcmu_replication.cli import waiting
 
@@ -340,6 +341,15 @@ def _command(
         )
     actions.run(context.run_directory, names, command, arguments, line, as_json=as_json)
     return names
+
+
+def _warn_of_bare_ports(context: Context, names: list[str]) -> None:
+    from tcmu_replication.daemon import config, guards
+
+    resources, _ = config.load_all(context.config_directory)
+    for name in names:
+        for warning in guards.warnings(resources[name]) if name in resources else ():
+            click.echo(f"warning: {name}: {warning}", err=True)
 
 
 def _outcome(done: str) -> Callable[[dict[str, Any]], str]:

@@ -74,11 +74,14 @@ class Link(Struct, frozen=True, forbid_unknown_fields=True, rename="kebab", kw_o
     A primary that was not heard for `dead_after` seconds counts as gone when its secondary is promoted.
 
     With `socket`, a path, NBD is spoken there instead of on `port`: both ends are on one machine.
+    `secret`, a path, is the file of a shared secret; `trust` says that the peer's address is enough (guards.py).
     """
 
     port: Port = 10809
     control_port: Port = 10810
     socket: AbsolutePath | None = None
+    secret: AbsolutePath | None = None
+    trust: Literal["address"] | None = None
     reconnect_delay: Seconds = 10.0
     timeout: Timeout = 10.0
     dead_after: DeadAfter = 3.0
@@ -113,9 +116,10 @@ class Tls(Struct, frozen=True, forbid_unknown_fields=True, rename="kebab", kw_on
 
 
 class Nbd(Struct, frozen=True, forbid_unknown_fields=True, rename="kebab", kw_only=True):
-    """[nbd]: serve the LUN itself over NBD too."""
+    """[nbd]: serve the LUN itself over NBD too; `open` says that over TCP everyone may come (guards.py)."""
 
     listen: Listen
+    open: bool = False
 
 
 class Resource(_Resource, frozen=True, kw_only=True):
@@ -228,6 +232,7 @@ def parse(document: dict[str, Any], path: Path) -> Resource:
     tls = _table(Tls, document["tls"], "tls", path) if "tls" in document else None
     hosts = _hosts(document.get("host"), path)
     _check_whole(resource, link, path)
+    _check_guards(link, nbd, tls, hosts, path)
     return Resource(**msgspec.structs.asdict(resource), path=path, link=link, hosts=hosts, nbd=nbd, tls=tls)
 
 
@@ -283,6 +288,22 @@ def _check_whole(resource: _Resource, link: Link, path: Path) -> None:
             f"{link.reconnect_delay:g} s and link.timeout {link.timeout:g} s",
             f"together less than {SCSI_DEADLINE_S:g} s, so that every command is answered in time",
         )
+
+
+def _check_guards(
+    link: Link, nbd: Nbd | None, tls: Tls | None, hosts: dict[str, Host | QemuHost], path: Path
+) -> None:
+    """What is said of the guards must hold: it would be believed when one of them is taken away."""
+    qemu = next((name for name, host in hosts.items() if host.qemu), None)
+    if link.secret is not None and qemu is not None:
+        expected = f"nothing: the QEMU on {qemu} cannot prove that it knows it; [tls] is what it speaks"
+        raise refusal(path, "link.secret", link.secret, expected)
+    if link.trust is not None and (link.secret is not None or tls is not None):
+        guard = "[tls]" if link.secret is None else "link.secret"
+        raise refusal(path, "link.trust", f'"{link.trust}" beside {guard}', "one of them")
+    if nbd is not None and nbd.open and (nbd.listen.unix is not None or tls is not None):
+        guard = "a unix socket" if nbd.listen.unix is not None else "[tls]"
+        raise refusal(path, "nbd.open", f"true beside {guard}", "one of them")
 
 
 def _table(kind: type[Struct], found: Any, where: str, path: Path) -> Any:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tcmu_replication import ownership, tls, units
 from tcmu_replication.daemon.config import Host, Resource, refusal
+from tcmu_replication.daemon.guards import check_guards
 from tcmu_replication.replication import manifest
 
 LEAST_FREE = 1 * units.MiB
@@ -32,6 +33,7 @@ def check_host(resource: Resource, host: str, others: Iterable[Resource] = ()) -
     mine = resource.host(host)
     prefix = f"host.{host}"
     _check_disk(resource, mine.disk, f"{prefix}.disk")
+    check_guards(resource)
     warnings = _check_overlays(resource, mine.overlays, f"{prefix}.overlays")
     _check_owners(resource, mine, prefix)
     for other in others:

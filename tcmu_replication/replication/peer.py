@@ -19,13 +19,15 @@ from tcmu_replication.control.connection import Connection
 from tcmu_replication.errors import Error, Kind, one_line
 from tcmu_replication.replication.peer_state import News, PeerState
 from tcmu_replication.replication.stages import Stage
+from tcmu_replication.secret import Secret
 
 
 class ControlPeer:
     """The secondary of resource `name` at `address`:`port`, called from our address `local`.
 
     `timeout` bounds each call, in seconds. `generation` gives the pairing that we
-    believe in, or "" before there is one. With `tls` the connection is inside of it.
+    believe in, or "" before there is one. With `tls` the connection is inside of it, with
+    `secret` both ends prove that they know it.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class ControlPeer:
         timeout: float,
         generation: Callable[[], str],
         tls: ssl.SSLContext | None = None,
+        secret: Secret | None = None,
     ) -> None:
         self._name = name
         self._address = address
@@ -46,6 +49,7 @@ class ControlPeer:
         self._timeout = timeout
         self._generation = generation
         self._tls = tls
+        self._secret = secret
         self._connection: Connection | None = None
         self._connecting = asyncio.Lock()
 
@@ -109,7 +113,12 @@ class ControlPeer:
         async with self._connecting:
             if self._connection is None or self._connection.lost.done():
                 self._connection = await Connection.tcp(
-                    self._address, self._port, local=self._local, timeout=self._timeout, tls=self._tls
+                    self._address,
+                    self._port,
+                    local=self._local,
+                    timeout=self._timeout,
+                    tls=self._tls,
+                    secret=self._secret,
                 )
             return self._connection
 

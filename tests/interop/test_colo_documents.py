@@ -290,7 +290,7 @@ def end_of(place: Place, mode: str, kind: str) -> Iterator[tuple[Monitor, Path]]
 def test_either_end_may_be_qemus(tmp_path: Path, first: str, second: str) -> None:
     """The same lines, whoever they are said to; `first` is the primary's kind, `second` the secondary's."""
     port = free_port()
-    place = Place(tmp_path, {"port": port, "control-port": free_port()})
+    place = Place(tmp_path, {"port": port, "control-port": free_port(), "trust": "address"})
     with (
         end_of(place, "secondary", second) as (secondary, copy),
         end_of(place, "primary", first) as (primary, disk),

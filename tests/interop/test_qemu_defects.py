@@ -74,7 +74,7 @@ class Lonely:
     """A secondary without a primary: the test forwards, from the address that the primary would have."""
 
     def __init__(self, base: Path) -> None:
-        pair = Pair(base, size=SIZE)
+        pair = Pair(base, size=SIZE, link={"trust": "address"})
         self.worker = pair.beta
         self.port = pair_port(self.worker)
 

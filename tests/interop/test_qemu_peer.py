@@ -53,6 +53,8 @@ class Place:
             port = free_port()
             self.address = HOSTS["beta"][1], port
             self.link["port"] = port
+        if transport == "tcp":
+            self.link["trust"] = "address"
         self.certificates: dict[str, Path] = {}
         if transport == "tls":
             authority = Authority(base)

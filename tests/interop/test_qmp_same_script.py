@@ -569,7 +569,7 @@ def test_secondary_in_the_documents_order(directory: Path) -> None:
     with qemu_secondary(directory) as monitor:
         heard = play(COLO_SECONDARY, monitor)
         qemu_events = monitor.events
-    with Pair(directory / "ours", size=SIZE) as pair:
+    with Pair(directory / "ours", size=SIZE, link={"trust": "address"}) as pair:
         monitor = our_monitor(pair, "beta", directory / "ours")
         compare(heard, play(COLO_SECONDARY, monitor))
         assert [e for e in until_quit(monitor.events) if e in qemu_events] == until_quit(qemu_events)
@@ -581,7 +581,7 @@ def test_secondary(directory: Path) -> None:
     with qemu_secondary(directory) as monitor:
         heard = play(SECONDARY, monitor)
         qemu_events = monitor.events
-    with Pair(ours, size=SIZE) as pair:
+    with Pair(ours, size=SIZE, link={"trust": "address"}) as pair:
         monitor = our_monitor(pair, "beta", ours)
         compare(heard, play(SECONDARY, monitor))
         assert [e for e in until_quit(monitor.events) if e in qemu_events] == until_quit(qemu_events)

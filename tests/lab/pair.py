@@ -54,6 +54,7 @@ class Pair:
             "control-port = 10810",
             "reconnect-delay = 14",  # as long as may be: a slow machine needs it to start a worker again
             "timeout = 10",
+            f'secret = "/etc/tcmu-replication/{NAME}.secret"',
         ]
         for host, mode in ((self.primary, "primary"), (self.secondary, "secondary")):
             lines += [
@@ -70,6 +71,8 @@ class Pair:
         """Gives both hosts the resource file and the overlays' directory."""
         for host in (self.primary, self.secondary):
             host.write(f"/etc/tcmu-replication/{NAME}.toml", self.resource_file(**extra))
+            host.write(f"/etc/tcmu-replication/{NAME}.secret", "what alpha and beta know\n")
+            host.run(f"chmod 600 /etc/tcmu-replication/{NAME}.secret")
             host.run(f"mkdir -p -m 700 {STATE}/{NAME}")
 
     def start_daemons(self) -> None:

@@ -16,6 +16,7 @@ from tcmu_replication.cli import exits
 from tests.support.tools import PATIENCE_S
 
 HOSTS = {"alpha": ("primary", "127.0.0.1"), "beta": ("secondary", "127.0.0.2")}
+SECRET = b"what both ends know\n"
 PORTS = iter(random.SystemRandom().sample(range(20000, 30000), 10000))
 """Below those that the kernel gives to clients, who could take one between `free_port` and its use."""
 
@@ -32,8 +33,8 @@ def free_port() -> int:
 class Worker:
     """`tcmu-replication serve disk0` as `host`, in its own directories below `base`.
 
-    `certificates` is the directory for [tls]; `peer` what the other host's table has instead of a disk;
-    `user`, if it is not this process's, whose the worker is.
+    `certificates` is the directory for [tls], `secret` what this end's file of [link] has; `peer` what the
+    other host's table has instead of a disk; `user`, if it is not this process's, whose the worker is.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Worker:
         link: dict[str, object],
         *,
         certificates: Path | None = None,
+        secret: bytes | None = None,
         peer: dict[str, object] | None = None,
     ):
         self.host = host
@@ -61,6 +63,11 @@ class Worker:
         self.process: subprocess.Popen[bytes] | None = None
         self.overlays.mkdir(parents=True)
         (self.directory / "etc").mkdir()
+        self.secret = self.directory / "etc/disk0.secret"
+        if secret is not None:
+            self.secret.touch(mode=0o600)
+            self.secret.write_bytes(secret)
+            link = {**link, "secret": str(self.secret)}
         with open(self.disk, "wb") as file:
             file.truncate(int(resource["size"]))
         (self.directory / "etc/disk0.toml").write_text(self._file(resource, link))
@@ -166,6 +173,7 @@ class Worker:
 class Pair:
     """Both workers, running; use as a context. `certificates` has a directory for each host's [tls].
 
+    Without them the link has a shared secret, unless `secrets`, by host, or `trust` of `link` says otherwise.
     `port` is where the secondary serves NBD, `control_port` where it takes peer commands.
     """
 
@@ -176,15 +184,23 @@ class Pair:
         size: int,
         link: dict[str, object] | None = None,
         certificates: dict[str, Path] | None = None,
+        secrets: dict[str, bytes] | None = None,
         **resource: object,
     ):
         self.port = free_port()
         self.control_port = free_port()
         ports = {"port": self.port, "control-port": self.control_port}
         document = {"name": "disk0", "size": size, **{k.replace("_", "-"): v for k, v in resource.items()}}
+        if secrets is None:
+            secrets = {} if certificates or "trust" in (link or {}) else dict.fromkeys(HOSTS, SECRET)
         self.alpha, self.beta = (
             Worker(
-                base, host, document, {**ports, **(link or {})}, certificates=(certificates or {}).get(host)
+                base,
+                host,
+                document,
+                {**ports, **(link or {})},
+                certificates=(certificates or {}).get(host),
+                secret=secrets.get(host),
             )
             for host in HOSTS
         )

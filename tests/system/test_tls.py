@@ -11,7 +11,7 @@ import pytest
 from tcmu_replication.units import MiB
 from tests.support.certificates import PAST, Authority
 from tests.support.load import Load
-from tests.support.processes import Pair
+from tests.support.processes import HOSTS, SECRET, Pair
 from tests.support.tools import PATIENCE_S, requires
 
 pytestmark = requires("qemu-io", "fio", "openssl", "nbdinfo")
@@ -138,7 +138,8 @@ def test_primary_with_the_wrong_certificate_is_refused_and_the_secondary_says_wh
 @pytest.mark.parametrize("bare", ["alpha", "beta"])
 def test_only_one_end_with_tls_is_refused(tmp_path, certificates, bare):
     del certificates[bare]
-    with Pair(tmp_path, size=SIZE, link=LINK, certificates=certificates) as pair:
+    secrets = dict.fromkeys(HOSTS, SECRET)
+    with Pair(tmp_path, size=SIZE, link=LINK, certificates=certificates, secrets=secrets) as pair:
         pair.beta.cli("start", "disk0")
         refused = pair.alpha.cli("start", "disk0", check=False)
         assert refused.returncode != 0

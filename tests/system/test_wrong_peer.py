@@ -124,7 +124,7 @@ def test_export_that_vanishes_under_a_write_is_waited_for(tmp_path: Path, alpha:
 
 
 def test_secondary_of_ours_with_another_size_is_refused(tmp_path: Path) -> None:
-    link = {**LINK, "port": free_port(), "control-port": free_port()}
+    link = {**LINK, "port": free_port(), "control-port": free_port(), "trust": "address"}
     sizes = {"alpha": SIZE, "beta": 2 * SIZE}
     workers = [Worker(tmp_path, host, {"name": "disk0", "size": size}, link) for host, size in sizes.items()]
     with contextlib.ExitStack() as stack:

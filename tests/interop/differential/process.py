@@ -22,7 +22,7 @@ class ProcessSide:
 
     def __init__(self, directory: Path, sequence: steps.Sequence) -> None:
         assert sequence.fault is Fault.NONE
-        self._worker = Pair(directory, size=LENGTH, durable=sequence.durable).beta
+        self._worker = Pair(directory, size=LENGTH, link={"trust": "address"}, durable=sequence.durable).beta
         make_image(self._worker.disk)
         file = tomllib.loads((self._worker.directory / "etc/disk0.toml").read_text())
         self._port = file["link"]["port"]

@@ -458,7 +458,9 @@ def good(place: Path) -> Path:
     path = place / "etc" / "disk0.toml"
     text = GOOD.replace("/dev/vdb", str(disk)).replace("/var/lib/overlays", str(overlays))
     text = text.replace("192.0.2", "127.0.0")
-    text = text.replace("port = 10809", f"port = {free_port()}\ncontrol-port = {free_port()}")
+    text = text.replace(
+        "port = 10809", f'trust = "address"\nport = {free_port()}\ncontrol-port = {free_port()}'
+    )
     path.write_text(text)
     (place / "etc" / "disk1.toml").unlink()
     (place / "etc" / "other.toml").unlink()
@@ -534,7 +536,7 @@ def test_check_warns_of_a_certificate_that_will_expire_soon(good: Path, days: in
     end = time.gmtime(time.time() + days * 24 * 3600 + 3600)
     tls = good.parent / "tls"
     Authority(good.parent).issue(tls, "beta", valid=("20010101000000Z", time.strftime("%Y%m%d%H%M%SZ", end)))
-    good.write_text(good.read_text() + f'[tls]\ncertificates = "{tls}"\n')
+    good.write_text(good.read_text().replace('trust = "address"\n', "") + f'[tls]\ncertificates = "{tls}"\n')
     result = command("check")
     assert result.exit_code == status
     said = " ".join(result.stdout.split())

@@ -21,7 +21,7 @@ EXAMPLE = CONTRIB / "resources" / "disk0.toml"
 
 def test_example_is_a_good_resource_file_with_the_defaults() -> None:
     resource = config.load(EXAMPLE)
-    assert resource.link == config.Link()
+    assert resource.link == config.Link(secret="/etc/tcmu-replication/disk0.secret")
     assert (resource.block_size, resource.durable, resource.nbd) == (512, True, None)
 
 
@@ -47,6 +47,8 @@ def test_example_names_every_key_and_its_default(tmp_path: Path) -> None:
         "nbd",
         "tls",
         "qemu",  # the other host's, and in its comment
+        "trust",  # instead of the secret, and in its comment
+        "open",  # for a LUN over TCP, and in its comment
     }
 
 

@@ -29,12 +29,12 @@ def make(directory: Path, name: str = "disk0", **changes: Any) -> config.Resourc
     overlays.mkdir(exist_ok=True)
     mine = {"mode": "primary", "address": "192.0.2.1", "disk": str(disk), "overlays": str(overlays)}
     theirs = {"mode": "secondary", "address": "192.0.2.2", "disk": "/nowhere", "overlays": "/nowhere"}
-    ports = {key: changes.pop(key) for key in ("port", "control-port", "socket") if key in changes}
+    link = {key: changes.pop(key) for key in ("port", "control-port", "socket") if key in changes}
     if changes.pop("qemu", False):
         theirs = {"mode": "secondary", "address": "192.0.2.2", "qemu": True}
     document = {
         "resource": {"name": name, "size": SIZE},
-        "link": ports,
+        "link": {"trust": "address"} | link,
         "host": {"alpha": mine | changes, "beta": theirs},
     }
     path = directory / f"{name}.toml"

@@ -24,7 +24,7 @@ def play(tmp_path: Path) -> Callable[..., None]:
 
     def describe(**changes: float) -> None:
         lines = ["[resource]", 'name = "disk0"', f"size = {SIZE}", "[link]"]
-        lines += [f"{name} = {value}" for name, value in (link | changes).items()]
+        lines += ['trust = "address"', *(f"{name} = {value}" for name, value in (link | changes).items())]
         for host, mode, address in (("alpha", "primary", "127.0.0.1"), ("beta", "secondary", "127.0.0.2")):
             lines += [f"[host.{host}]", f'mode = "{mode}"', f'address = "{address}"']
             lines += [f'disk = "{tmp_path}/{host}/disk.img"', f'overlays = "{tmp_path}/{host}/overlays"']
