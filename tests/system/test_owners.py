@@ -52,7 +52,7 @@ def test_secondary_as_a_user_of_its_own_with_files_of_its_own(base: Path) -> Non
     pair = Pair(base, size=SIZE)
     beta = pair.beta
     beta.user = SOMEBODY
-    for path in (beta.directory, beta.disk, beta.overlays):
+    for path in (beta.directory, beta.disk, beta.overlays, beta.secret):
         os.chown(path, SOMEBODY, SOMEBODY)
     with pair:
         pair.replicate()
