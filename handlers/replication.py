@@ -371,11 +371,23 @@ class PrimaryBackstore(PairBackstore):
         self._address = Tcp(theirs.address, link.port) if link.socket is None else Unix(link.socket)
         self._client_tls = self._tls(self._peer_name, theirs.address, server_side=False)
         self._control_peer: ControlPeer | None = None
+        self._beats: ControlPeer | None = None
         peer: Peer
         if isinstance(theirs, QemuHost):
             peer = QemuPeer(theirs.qmp, resource.size, link.timeout, lambda: self.engine.epoch)
         else:
             peer = self._control_peer = ControlPeer(
+                resource.name,
+                theirs.address,
+                link.control_port,
+                local=mine.address,
+                timeout=link.timeout,
+                generation=lambda: self.engine.manifest.generation,
+                tls=self._client_tls,
+                secret=guards.secret(resource, "control"),
+            )
+            # On a connection of its own: a long command must not keep it silent.
+            self._beats = ControlPeer(
                 resource.name,
                 theirs.address,
                 link.control_port,
@@ -397,6 +409,7 @@ class PrimaryBackstore(PairBackstore):
             stage_changed=self._tell_stage,
             pulse=pulse,
             heard=Heard(link.dead_after),
+            beats=self._beats,
             wait_after_crash=resource.after_crash == "wait",
             in_flight=run_directory / f"{resource.name}.in-flight",
             disk_name=disk_name(mine.disk),
@@ -478,8 +491,9 @@ class PrimaryBackstore(PairBackstore):
     async def close(self) -> None:
         """See `Backstore.close`."""
         await super().close()
-        if self._control_peer is not None:
-            self._control_peer.close()
+        for peer in (self._control_peer, self._beats):
+            if peer is not None:
+                peer.close()
 
     def _link(self) -> schema.Link:
         remote = self.engine.remote

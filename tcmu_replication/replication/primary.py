@@ -72,7 +72,7 @@ class Primary(End):
     `connect(verify)` makes the remote node of the secondary's export, not yet
     open; it awaits `verify` before a connection counts. `detach` says that the
     peer serves where the local disk fails. With a `pulse` the peer is asked and
-    told every second, and before this host serves after it went down; without
+    told every second, over `beats`, and before this host serves after it went down; without
     one (the peer is QEMU) nobody can be asked. `in_flight` is where writes under way
     are noted: best on a file system in memory, since a store into a page of a disk that
     hangs would stop the whole process. `peer_name` is for messages.
@@ -92,6 +92,7 @@ class Primary(End):
         failed: Callable[[Failure], None] = lambda failure: None,
         stage_changed: Callable[[], None] = lambda: None,
         pulse: Pulse | None = None,
+        beats: Peer | None = None,
         heard: Heard | None = None,
         wait_after_crash: bool = True,
         in_flight: Path | None = None,
@@ -101,6 +102,7 @@ class Primary(End):
         super().__init__(name, disk, directory, disk_name)
         self._connect = connect
         self._peer = peer
+        self._beats = beats or peer
         self._detach = detach
         self._failed = failed
         self._stage_changed = stage_changed
@@ -294,7 +296,7 @@ class Primary(End):
         assert self._pulse is not None
 
         async def ask() -> None:
-            state = await self._peer.hello(self._news())
+            state = await self._beats.hello(self._news())
             self.heard.note()
             if self._waiting is self.manifest or self.manifest.sequence == 0:
                 async with self._lock:
@@ -352,7 +354,7 @@ class Primary(End):
 
     async def _beat(self) -> None:
         """Once a second: tell and hear."""
-        state = await self._peer.hello(self._news())
+        state = await self._beats.hello(self._news())
         self.heard.note()
         if self.stage is Stage.RUNNING:
             with contextlib.suppress(Error):  # what is wrong with it is recorded

@@ -177,7 +177,7 @@ def test_primary_is_lost(pair: Pair, primary: Monitor, secondary: Monitor) -> No
 def test_new_secondary_is_attached_once_the_disks_are_equal(
     pair: Pair, primary: Monitor, secondary: Monitor
 ) -> None:
-    """Where QEMU's documents mirror the disk, the operator copies it and says so."""
+    """Where QEMU's documents mirror the disk, the operator copies it and starts both anew."""
     secondary.done(SECONDARY)
     primary.done(PRIMARY)
     primary.done(PRIMARY_FAILOVER)
@@ -185,16 +185,13 @@ def test_new_secondary_is_attached_once_the_disks_are_equal(
     add, attach, _ = PRIMARY.strip().splitlines()[1:]
     primary.done(add)
     [refused] = primary.say(attach)
-    assert (
-        "copy this host's disk to the secondary's and start both with assume-clean"
-        in refused["error"]["desc"]
-    )
+    assert "copy this host's disk to the secondary's and start both" in refused["error"]["desc"]
     assert secondary.say("{'execute': 'stop-replication'}") == [
         {"return": {"ignored": False, "stage": "done"}}
     ]
     pair.beta.disk.write_bytes(pair.alpha.disk.read_bytes())
     for monitor in (secondary, primary):
-        [started] = monitor.say("{'execute': 'start', 'arguments': {'assume-clean': true}}")
+        [started] = monitor.say("{'execute': 'start'}")
         assert started["return"]["stage"] == "running"
     primary.done(attach)
     pair.alpha.io("write -P 0x55 64k 64k")

@@ -304,7 +304,7 @@ def test_start_that_fails_on_one_disk_of_several_leaves_that_one_untouched(tmp_p
         repaired = site("disk0", "disk0")
         await repaired.open()
         assert await repaired.start(Mode.SECONDARY)
-        assert await second.start(Mode.SECONDARY, anew=True)
+        assert await second.start(Mode.SECONDARY, again=True)
         for engine in (first, repaired, second):
             await engine.close()
 

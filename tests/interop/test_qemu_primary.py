@@ -117,6 +117,7 @@ class Ours:
         self._server = Server([Export("disk0", self._files[1])])
         (directory / "state").mkdir()
         self.engine = Primary("disk0", self._files[0], self._connect, self, directory / "state")
+        self.engine.mirror.alone = None  # QEMU does not mind what was written before start
 
     def _connect(self, verify: Callable[[], Awaitable[None]]) -> Remote:
         return Remote(
@@ -162,7 +163,7 @@ class Ours:
                     return bytes(room) if step is Step.READ else None
                 case Step.START:
                     # QEMU does not compare the disks at start, and ignores it when it is done.
-                    await engine.start(Mode.PRIMARY, anew=engine.stage is Stage.NONE)
+                    await engine.start(Mode.PRIMARY, assume_clean=engine.stage is Stage.NONE)
                 case Step.START_WRONG:
                     await engine.start(Mode.SECONDARY)
                 case Step.CHECKPOINT:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from tcmu_replication.units import GiB
 from tests.lab import disk as disks_module
+from tests.lab import processor
 from tests.lab.channel import PATIENCE_S, Channel, Command, HostDiedError, LabError
 from tests.lab.disk import Disk
 
@@ -145,7 +146,7 @@ class Host:
                 stderr=console,
                 pass_fds=handed_on,
                 start_new_session=True,
-                env=os.environ | {"TMPDIR": memory_folder()},
+                env=os.environ | {"TMPDIR": memory_folder()} | processor.environment(),
             )
         self._guard(f"+{self._process.pid}")
         self._channel = Channel(self.name, ours, self._log)
