@@ -27,7 +27,8 @@ def test_thread_that_waits_has_run_nothing_of_its_own_since() -> None:
     assert not seen.runs
     os.write(go, b"x")
     thread.join()
-    assert task.look(numbers[0]) is None
+    while task.look(numbers[0]) is not None:  # join returns a moment before the kernel's thread has gone
+        pass
     os.close(wait)
     os.close(go)
 
