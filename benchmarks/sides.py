@@ -81,11 +81,11 @@ class Ours:
         self.qmp.execute("start")
 
     def checkpoint(self) -> None:
-        self.qmp.execute("checkpoint")
+        self.qmp.execute("xen-colo-do-checkpoint")
 
     def failover(self) -> None:
         """To the checkpoint; returns while the commit runs."""
-        self.qmp.execute("failover", to="checkpoint")
+        self.qmp.execute("failover", to="checkpoint", force=True)
 
     def wait_committed(self) -> None:
         """Wait for the end of the commit."""

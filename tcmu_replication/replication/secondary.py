@@ -302,15 +302,15 @@ class Secondary(End):
 
     def _refuse_to_discard(self, *, assume_clean: bool, discard: bool) -> None:
         """Raise `Error` if data that somebody wrote to this host's LUN would be overwritten by the primary's."""
+        if discard:
+            return
         user = self._in_use()
         if user is not None:
             raise Error(
                 Kind.CONFLICT,
                 f"the LUN of {self.name} is in use here ({user}): what is written to it would be lost. Stop its "
-                "initiators and remove its exports first",
+                "initiators and remove its exports first; or give up what they write: --discard-my-data",
             )
-        if discard:
-            return
         if self.manifest.written_alone:
             since = (
                 f" since its promotion at {self.manifest.promoted_at}" if self.manifest.promoted_at else ""

@@ -189,10 +189,10 @@ def test_commit_killed_at_random_moments_is_finished_by_the_next_process(
     worker.start()
     try:
         for _ in range(100 if SOAK else 20):
-            control(worker, "start", assume_clean=True)
+            control(worker, "start", discard_my_data=True)
             with lonely.forward() as forward, lun(worker) as own:
                 scatter(rng, forward, None, 20)
-                control(worker, "checkpoint")
+                control(worker, "xen-colo-do-checkpoint")
                 expected = bytearray(worker.disk.read_bytes())
                 scatter(rng, forward, None, 20)
                 scatter(rng, own, expected, 20)
@@ -229,7 +229,7 @@ def test_secondary_killed_at_random_moments_keeps_its_checkpoint(place: Path, rn
             with lun(worker) as shown:
                 assert whole(shown) == expected
             if rng.random() < 0.5:
-                control(worker, "checkpoint")
+                control(worker, "xen-colo-do-checkpoint")
                 expected = bytearray(worker.disk.read_bytes())
     finally:
         worker.stop()

@@ -120,7 +120,7 @@ class Ours:
         self.worker.start()
 
     def start(self) -> None:
-        self.worker.cli("start", EXPORT)
+        self.worker.cli("start", EXPORT, "--wait")
 
     def kill(self) -> None:
         self.worker.kill()
@@ -132,7 +132,7 @@ class Ours:
         self.worker.cli("checkpoint", EXPORT)
 
     def failover(self) -> None:
-        self.worker.cli("failover", EXPORT, "--to", "checkpoint", "--wait")
+        self.worker.cli("failover", EXPORT, "--to", "checkpoint", "--force", "--wait")
 
     def error(self) -> str | None:
         return self.worker.status()["error"]

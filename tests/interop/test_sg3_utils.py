@@ -30,6 +30,8 @@ MEANINGS = {
     sense.WRITE_PROTECTED: ("Data Protect", "Write protected"),
     sense.SPACE_ALLOCATION_FAILED: ("Data Protect", "Space allocation failed write protect"),
     sense.NOT_READY: ("Not Ready", "Logical unit not ready, cause not reportable"),
+    sense.BECOMING_READY: ("Not Ready", "in process of becoming ready"),
+    sense.MANUAL_INTERVENTION_REQUIRED: ("Not Ready", "manual intervention required"),
     sense.COMMUNICATION_FAILURE: ("Aborted Command", "Logical unit communication failure"),
     sense.COMMUNICATION_TIME_OUT: ("Aborted Command", "Logical unit communication time-out"),
     sense.MISCOMPARE: ("Miscompare", "Miscompare during verify operation"),

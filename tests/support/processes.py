@@ -164,6 +164,14 @@ class Worker:
             assert "Pattern verification failed" not in done.stdout, done.stdout
         return done
 
+    def io_later(self, command: str) -> subprocess.Popen[bytes]:
+        """A qemu-io command that goes on behind; nobody looks at how it ends."""
+        return subprocess.Popen(
+            ["qemu-io", "-f", "raw", self.uri, "-c", command],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
     @property
     def uri(self) -> str:
         """The LUN's NBD address."""

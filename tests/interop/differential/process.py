@@ -62,10 +62,10 @@ class ProcessSide:
     def _command(self, command: Command) -> str | None:
         match command:
             case Command.START:
-                self._execute("start")
+                self._execute("xen-set-replication", enable=True, primary=False)
                 self._connect()
             case Command.CHECKPOINT:
-                self._execute("checkpoint")
+                self._execute("xen-colo-do-checkpoint")
             case Command.GET_ERROR:
                 # QEMU's sentence; the reason follows it.
                 return self._execute("query-errors").get("desc", "").partition(": ")[0] or None
@@ -73,7 +73,7 @@ class ProcessSide:
                 self._execute("stop-replication")
                 self._doors.end_forwarding()
             case Command.FAILOVER:
-                self._execute("failover", to="checkpoint")
+                self._execute("failover", to="checkpoint", force=True)
                 self._doors.end_forwarding()
             case Command.SETTLE:
                 qemu.until(lambda: self.stage is not Stage.FAILOVER, "the end of the commit")
@@ -81,7 +81,7 @@ class ProcessSide:
                 self._doors.end_forwarding()
                 if self.stage is Stage.RUNNING:
                     self._execute("stop-replication")
-                self._execute("start", **{"assume-clean": True})
+                self._execute("start", **{"discard-my-data": True})
                 self._connect()
             case Command.REOPEN:
                 self._worker.kill()

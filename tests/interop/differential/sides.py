@@ -309,7 +309,7 @@ class EngineSide:
             case Command.RESTART:
                 if engine.stage is Stage.RUNNING:
                     await engine.stop()
-                await engine.start(Mode.SECONDARY, again=True)
+                await engine.start(Mode.SECONDARY, again=True, discard=True)
             case Command.REOPEN:
                 await engine.close()
                 self.engine = self._make()
