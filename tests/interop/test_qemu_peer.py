@@ -53,7 +53,7 @@ class Place:
             port = free_port()
             self.address = HOSTS["beta"][1], port
             self.link["port"] = port
-        if transport == "tcp":
+        if transport != "tls":
             self.link["trust"] = "address"
         self.certificates: dict[str, Path] = {}
         if transport == "tls":
