@@ -38,7 +38,7 @@ def test_replication_checkpoint_restart_and_failover(tmp_path: Path) -> None:
         assert pair.alpha.status()["error"] is None
         assert same(pair)
         pair.alpha.kill()
-        pair.beta.cli("failover", "disk0", "--to", "checkpoint", "--wait")
+        pair.beta.cli("failover", "disk0", "--to", "checkpoint", "--fenced", "--wait")
         pair.beta.io("read -P 0x22 0 4M")
 
 
