@@ -330,7 +330,6 @@ class PairBackstore(Backstore):
             suspect=manifest.suspect,
             not_ready=None if engine.top.not_ready is None else str(engine.top.not_ready),
             job=None if job is None else f"{job.type} {100 * job.offset // max(1, job.length)} %",
-            link_guard="bare" if self.resource.tls is None else "tls",
         )
 
     def _last_checkpoint(self) -> schema.Checkpoint | None:
@@ -366,6 +365,7 @@ class PrimaryBackstore(PairBackstore):
         mine = resource.host(host)
         self._peer_name, theirs = resource.peer(host)
         self._since = _now()
+        self._up = False
         pulse = None
         link = resource.link
         self._address = Tcp(theirs.address, link.port) if link.socket is None else Unix(link.socket)
@@ -449,7 +449,9 @@ class PrimaryBackstore(PairBackstore):
         )
 
     def _link_changed(self, state: State, reason: str) -> None:
-        self._since = _now()
+        up = state is State.CONNECTED
+        if up != self._up:  # each attempt to connect is a state of its own, but down is down
+            self._up, self._since = up, _now()
         text = f": {reason}" if reason else ""
         log.log(
             logging.INFO if state in (State.CONNECTED, State.CONNECTING, State.CLOSED) else logging.WARNING,

@@ -171,7 +171,7 @@ def detail(document: dict[str, Any]) -> str:
     if link["in-flight"]:
         facts["link"] += f", {link['in-flight']} in flight ({format_size(link['in-flight-bytes'])})"
     title = verdict(document["resource"], document["protection"])
-    jobs = [f"  {'job':<12} {job_line(job)}" for job in document["jobs"]]
+    jobs = [folded(f"{'job':<12} {job_line(job)}", "  ") for job in document["jobs"]]
     return "\n".join([_lines(title, document, {k: v for k, v in facts.items() if v}), *jobs])
 
 
@@ -202,8 +202,11 @@ def _worker(document: dict[str, Any]) -> str:
 def _lines(title: str, document: dict[str, Any], facts: dict[str, str]) -> str:
     lines = [title, *(folded(f"{label:<12} {value}", "  ") for label, value in facts.items())]
     lines += [
-        f"  {row['type']:<12} {row['device']}: {row['commands']} commands, {row['in-flight']} in flight, "
-        f"{row['errors']} failed"
+        folded(
+            f"{row['type']:<12} {row['device']}: {row['commands']} commands, {row['in-flight']} in flight, "
+            f"{row['errors']} failed",
+            "  ",
+        )
         for row in document["frontends"]
     ]
     return "\n".join(lines)

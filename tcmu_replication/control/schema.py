@@ -166,7 +166,7 @@ class Outcome(Document, frozen=True, kw_only=True):
 
 
 class Link(Document, frozen=True, kw_only=True):
-    """The link to the peer; `since` is when it came into this state, `reason` why if it is not connected.
+    """The link to the peer; `since` is when it was connected, or ceased to be, `reason` why if it is not.
 
     `heard` is when the peer was last heard, as far as that is noted.
     """

@@ -33,8 +33,8 @@ class Facts(NamedTuple):
     begins. `resending_bytes`: what goes to the peer again after a crash.
     `out_of_sync_bytes`: what the peer is known to miss, and `map_complete` that no more
     is missed. `removed`: the replica was taken out of the mirror. `job`: the commit in
-    words. `link_state` is that of `schema.Link`. `checkpoint_under_way_since` and
-    `link_guard` are shown and change no verdict.
+    words. `link_state` is that of `schema.Link`. `checkpoint_under_way_since` is
+    shown and changes no verdict.
     """
 
     name: str
@@ -65,7 +65,6 @@ class Facts(NamedTuple):
     checkpoint_under_way_since: str | None = None
     removed: bool = False
     job: str | None = None
-    link_guard: Literal["tls", "secret", "bare"] = "bare"
 
 
 class Verdict(NamedTuple):
@@ -172,6 +171,15 @@ TABLE: tuple[Row, ...] = (
         "let nobody use the LUN of {peer}, its data is old. The way back to a pair is in docs/status.md",
     ),
     Row(
+        "secondary-stopped-old",
+        lambda f: _secondary(f) and f.stage is Stage.DONE and bool(f.outdated_since or f.error),
+        "unprotected",
+        "replication is not running, and the disk of this host is old or damaged: {outdated}",
+        ("outdated_since", "error_since"),
+        "let no initiator use the LUN of this host, and keep {peer} serving. To make this host good again: "
+        + COPY,
+    ),
+    Row(
         "stopped",
         lambda f: f.stage is Stage.DONE,
         "unprotected",
@@ -207,7 +215,7 @@ TABLE: tuple[Row, ...] = (
         "secondary-outdated",
         lambda f: bool(f.outdated_since),
         "unprotected",
-        "this host is outdated: {peer} writes without it since then ({outdated})",
+        "this host is outdated: {outdated}",
         ("outdated_since",),
         "keep {peer} serving: a failover here would lose what it has written since then. To make this host good "
         "again: " + COPY,
@@ -273,6 +281,15 @@ TABLE: tuple[Row, ...] = (
         "the link to {peer} is down ({link}). What is written from now on is on this host only",
         ("link_since",),
         SEE_TO_THE_LINK,
+    ),
+    Row(
+        "secondary-unverified",
+        lambda f: f.link_state != "connected" and f.comparing is not None,
+        "unprotected",
+        "{peer} is not connected, and whether the disks are equal is not known: this one may have old data anywhere",
+        ("peer_heard_at", "link_since"),
+        "bring back {peer}, its worker and the link: the comparison of the disks then begins anew. Let nobody use the "
+        "disk or the LUN of this host before that has ended",
     ),
     Row(
         "secondary-alone",

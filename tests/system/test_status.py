@@ -42,3 +42,30 @@ def test_stopped_pair_is_not_protected_on_either_host(tmp_path: Path) -> None:
             told = worker.cli("errors", "disk0", check=False)
             assert told.returncode == exits.UNPROTECTED
             assert "replication is not running" in told.stdout
+
+
+def test_link_that_is_down_keeps_its_time_until_it_is_up_again(tmp_path: Path) -> None:
+    """Each attempt to connect began it anew."""
+    with Pair(tmp_path, size=16 << 20, link={"reconnect-delay": 2.0, "timeout": 2.0}) as pair:
+        pair.replicate()
+        pair.beta.kill()
+        until(lambda: pair.alpha.status()["link"]["state"] != "connected", "the end of the connection")
+        since = pair.alpha.status()["link"]["since"]
+        pair.alpha.io("write -P 0x11 0 64k")  # held for the reconnect-delay, then alone
+        link = pair.alpha.status()["link"]
+        assert (link["state"], link["since"]) == ("lost", since)
+
+
+def test_secondary_that_was_stopped_after_a_gap_says_that_its_disk_is_old(tmp_path: Path) -> None:
+    """D7: its LUN serves that disk, and it said no more than that nothing was replicated."""
+    with Pair(tmp_path, size=16 << 20, link={"reconnect-delay": 0.5, "timeout": 1.0}) as pair:
+        pair.replicate()
+        pair.beta.pause()
+        pair.alpha.io("write -P 0x11 0 64k", "write -P 0x22 1M 64k")
+        pair.beta.resume()
+        until(lambda: pair.beta.status().get("outdated-since"), "the secondary's notice")
+        for worker in (pair.alpha, pair.beta):
+            worker.cli("stop", "disk0")
+        told = pair.beta.cli("errors", "disk0", check=False).stdout
+        assert "the disk of this host is old or damaged: alpha goes on" in told
+        assert "let no initiator use the LUN of this host" in told

@@ -60,7 +60,13 @@ def test_status_of_a_terminal_fits_80_columns_and_shows_every_word_whole(
     link = schema.Link(state="connecting", peer="beta", reason="no answer")
     text = output.table([document(mode=mode, link=link, protection=LOST, out_of_sync_bytes=1 << 40), DOWN])
     assert max(map(len, click.unstyle(text).splitlines())) <= 80
-    detail = output.detail(document(mode=mode, link=link, protection=LOST, error="a reason " * 30))
+    lun = schema.Frontend(type="nbd", device="unix:/run/tcmu-replication/disk0.sock", commands=10**9)
+    job = schema.Job(
+        id="commit", type="commit", offset=1 << 40, length=3 << 40, speed=1 << 30, status="running"
+    )
+    detail = output.detail(
+        document(mode=mode, link=link, protection=LOST, error="a reason " * 30, frontends=[lun], jobs=[job])
+    )
     assert max(map(len, detail.splitlines())) <= 80
     joined = " ".join(click.unstyle(text).split())
     for words in (

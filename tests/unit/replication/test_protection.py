@@ -30,6 +30,7 @@ CASES: dict[str, Facts] = {
     "commit-failed": facts("secondary", stage=Stage.FAILOVER_FAILED, error="no space", error_since=THEN),
     "commit": facts("secondary", stage=Stage.FAILOVER, promoted_at=THEN, job="commit 45 %"),
     "promoted": facts("secondary", stage=Stage.DONE, promoted_at=THEN),
+    "secondary-stopped-old": facts("secondary", stage=Stage.DONE, outdated_since=THEN, error="alpha goes on"),
     "stopped": facts(stage=Stage.DONE, stage_since=THEN),
     "primary-none": facts(stage=Stage.NONE),
     "secondary-none": facts("secondary", stage=Stage.NONE),
@@ -45,6 +46,9 @@ CASES: dict[str, Facts] = {
     "out-of-sync": facts(out_of_sync_bytes=8 << 20),
     "primary-waiting": facts(link_state="waiting", link_reason="no answer in 3 s"),
     "primary-lost": facts(link_state="lost", link_reason="no answer in 3 s"),
+    "secondary-unverified": facts(
+        "secondary", link_state="listening", peer_heard_at=THEN, comparing=(0, 4096)
+    ),
     "secondary-alone": facts("secondary", link_state="listening", peer_heard_at=THEN),
     "secondary-unconnected": facts("secondary", link_state="listening"),
     "comparing": facts(comparing=(1 << 20, 4 << 20)),
@@ -75,7 +79,11 @@ def test_case_is_its_rows(name: str) -> None:
     ("name", "words"),
     [
         ("primary-error", "beta may miss what is written here: not forwarded: the link was lost"),
-        ("secondary-outdated", "this host is outdated: alpha writes without it since then (alpha goes on)"),
+        ("secondary-outdated", "this host is outdated: alpha goes on"),
+        (
+            "secondary-stopped-old",
+            "replication is not running, and the disk of this host is old or damaged: alpha goes on",
+        ),
         ("primary-lost", "the link to beta is down (no answer in 3 s)"),
         ("out-of-sync", "the disks differ in 8 MiB"),
         ("comparing", "both disks are being compared (1 MiB of 4 MiB)"),
@@ -87,13 +95,31 @@ def test_words_have_what_is_known(name: str, words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["primary-error", "secondary-error", "secondary-outdated", "primary-outdated"]
+    "name",
+    ["primary-error", "secondary-error", "secondary-outdated", "secondary-stopped-old", "primary-outdated"],
 )
 def test_copy_goes_from_the_primary_to_the_secondary_on_either_host(name: str) -> None:
     advice = judge(CASES[name]).advice or ""
     assert "copy the whole disk of alpha over that of beta" in advice
     assert "start disk0` on beta, then on alpha" in advice
     assert advice.index("stop the initiators") < advice.index("copy the whole disk")
+
+
+@pytest.mark.parametrize("since", [{"outdated_since": THEN}, {"error": "a sync failed", "error_since": THEN}])
+def test_secondary_that_was_stopped_after_a_gap_is_still_old(since: dict[str, Any]) -> None:
+    """D7: after `stop` its LUN serves the old disk, and nothing warned of that."""
+    verdict = judge(facts("secondary", stage=Stage.DONE, **since))
+    assert "old" in verdict.words
+    assert verdict.since == THEN
+    assert (verdict.advice or "").startswith("let no initiator use the LUN of this host")
+
+
+@pytest.mark.parametrize("heard", [THEN, None])
+def test_secondary_whose_disk_was_not_compared_is_not_told_to_fail_over(heard: str | None) -> None:
+    """It may have old data anywhere, and said that it had everything."""
+    verdict = judge(facts("secondary", link_state="listening", peer_heard_at=heard, comparing=(0, 4096)))
+    assert "has everything" not in verdict.words
+    assert "tcmu-replication failover" not in (verdict.advice or "")
 
 
 @pytest.mark.parametrize("name", CASES)
