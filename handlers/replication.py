@@ -714,7 +714,7 @@ class SecondaryBackstore(PairBackstore):
             ),
         )
         if arguments.settled:
-            await self.engine.settled()
+            await self.engine.settle()
         return self._state()
 
     async def _peer_prepare(self, arguments: schema.PeerEpoch, session: Session) -> None:
@@ -722,12 +722,17 @@ class SecondaryBackstore(PairBackstore):
 
     async def _peer_checkpoint(self, arguments: schema.PeerCheckpoint, session: Session) -> schema.PeerState:
         """End the epoch, once: the primary may have to ask again when its connection was lost."""
-        made = self.engine.manifest.checkpoint_id == arguments.name
-        if not made and arguments.epoch != self.engine.epoch:
+        engine = self.engine
+        made = engine.manifest.checkpoint_id == arguments.name
+        if not made and arguments.epoch != engine.epoch:
             raise Error(
                 Kind.CONFLICT,
-                f"the secondary is in epoch {self.engine.epoch}, the primary believes {arguments.epoch}",
+                f"the secondary is in epoch {engine.epoch}, the primary believes {arguments.epoch}",
             )
+        if not made and arguments.settled != engine.settled:
+            text = f"the checkpoint of epoch {arguments.epoch} was given up: the primary has asked for the state since"
+            log.warning("%s: %s", self.resource.name, text)
+            raise Error(Kind.CONFLICT, text)
         if not made:
             await self._make_checkpoint(arguments.name)
         return self._state()
@@ -754,6 +759,7 @@ class SecondaryBackstore(PairBackstore):
             checkpoint_name=engine.manifest.checkpoint_id,
             paired=engine.manifest.paired,
             promoted_at=engine.manifest.promoted_at,
+            settled=engine.settled,
         )
 
 

@@ -103,7 +103,8 @@ class PeerState(Document, frozen=True, kw_only=True):
     """Result of peer-hello and peer-checkpoint: what the secondary has, and its recorded error.
 
     `checkpoint_name` is that of its last checkpoint, `paired` says that a primary has been
-    connected in this generation, and `promoted_at` when this host was promoted.
+    connected in this generation, and `promoted_at` when this host was promoted. `settled`
+    counts the hellos with `settled` that this process has answered.
     """
 
     stage: StageName
@@ -114,6 +115,7 @@ class PeerState(Document, frozen=True, kw_only=True):
     checkpoint_name: Text = ""
     paired: bool = False
     promoted_at: Time = ""
+    settled: Count = 0
 
 
 class PeerEpoch(Document, frozen=True, kw_only=True):
@@ -123,9 +125,14 @@ class PeerEpoch(Document, frozen=True, kw_only=True):
 
 
 class PeerCheckpoint(Document, frozen=True, kw_only=True):
-    """Arguments of peer-checkpoint: the epoch that ends, and a name for this checkpoint that no other has."""
+    """Arguments of peer-checkpoint: the epoch that ends, and a name for this checkpoint that no other has.
+
+    `settled` is what the caller's last answer to a hello had: one that was asked for before
+    a later hello was given up, however late the network brings it.
+    """
 
     epoch: Count
+    settled: Count
     name: Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[ -~]*\Z")]
 
 

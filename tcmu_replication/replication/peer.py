@@ -52,6 +52,7 @@ class ControlPeer:
         self._secret = secret
         self._connection: Connection | None = None
         self._connecting = asyncio.Lock()
+        self._settled = 0
 
     async def hello(self, news: News, *, settled: bool = False) -> PeerState:
         """Introduce ourselves and tell the news; returns the secondary's state. Raises `Error`."""
@@ -69,7 +70,10 @@ class ControlPeer:
                 "reason": one_line(news.reason, schema.TEXT),
                 "missed-bytes": news.missed_bytes,
             }
-        return _state(await self._call("peer-hello", arguments))
+        state = state_of(await self._call("peer-hello", arguments))
+        if settled:
+            self._settled = state.settled
+        return state
 
     async def prepare(self, epoch: int) -> None:
         """Let the secondary get ready for the checkpoint that ends `epoch`. Raises `Error`."""
@@ -77,7 +81,8 @@ class ControlPeer:
 
     async def checkpoint(self, epoch: int, name: str) -> PeerState:
         """End `epoch` with the checkpoint `name`; returns the state after it. Raises `Error`."""
-        return _state(await self._call("peer-checkpoint", {"epoch": epoch, "name": name}))
+        arguments = {"epoch": epoch, "name": name, "settled": self._settled}
+        return state_of(await self._call("peer-checkpoint", arguments))
 
     async def digests(self, offset: int, length: int, piece: int) -> list[str]:
         """The digest of each piece of the range of its disk. Raises `Error`."""
@@ -123,7 +128,8 @@ class ControlPeer:
             return self._connection
 
 
-def _state(answer: Any) -> PeerState:
+def state_of(answer: Any) -> PeerState:
+    """The secondary's state, of an answer that came over the network. Raises `Error(PEER_LIED)` if it is none."""
     try:
         state = msgspec.convert(answer, schema.PeerState)
     except msgspec.ValidationError as error:
@@ -139,4 +145,5 @@ def _state(answer: Any) -> PeerState:
         state.checkpoint_name,
         state.paired,
         state.promoted_at,
+        state.settled,
     )

@@ -12,7 +12,8 @@ class PeerState(NamedTuple):
     """What the secondary says of itself.
 
     `checkpoint_id` names the last checkpoint that it was asked for, `paired` says that a
-    primary has been connected in this generation, `promoted_at` when it was promoted.
+    primary has been connected in this generation, `promoted_at` when it was promoted,
+    `settled` how many hellos with `settled` it has answered.
     """
 
     stage: Stage
@@ -23,6 +24,7 @@ class PeerState(NamedTuple):
     checkpoint_id: str = ""
     paired: bool = False
     promoted_at: str = ""
+    settled: int = 0
 
 
 class News(NamedTuple):

@@ -62,7 +62,7 @@ class Secondary(End):
     `roots` are the nodes that a LUN can serve, by name: where top-id is looked up.
     `stage_changed` is called when a job has ended and the stage or the error is another one.
     `heard` says when the primary was heard last; `in_use` who uses the LUN, or None.
-    `peer_name` is for messages.
+    `peer_name` is for messages. `settled` counts the calls of `settle`.
     """
 
     mode = Mode.SECONDARY
@@ -111,6 +111,7 @@ class Secondary(End):
         self._forwarded_writes = 0
         self.heard = Heard() if heard is None else heard
         self.checkpoint_since: str | None = None
+        self.settled = 0
         disk.on_lost = self._disk_lost
 
     # --- what is shown
@@ -385,10 +386,10 @@ class Secondary(End):
         if top is None or self.filter not in _walk(top):
             raise Error(Kind.BAD_CONFIG, stages.BAD_TOP)
 
-    async def settled(self) -> None:
+    async def settle(self) -> None:
         """Return when no command is under way: what this end says then is not about to change."""
         async with self._command():
-            return
+            self.settled += 1
 
     async def checkpoint(self, name: str = "") -> float | None:
         """Make the present the new baseline. The pause in milliseconds, or None if QEMU's rules ignore it.

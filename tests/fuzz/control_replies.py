@@ -75,7 +75,7 @@ def _outcome(command: asyncio.Task[object]) -> None:
         told(error, *Kind)
         return
     try:
-        state = peer._state(command.result())
+        state = peer.state_of(command.result())
     except Error as lie:
         told(lie, Kind.PEER_LIED)
         return

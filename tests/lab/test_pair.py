@@ -162,3 +162,21 @@ def test_full_overlay_disk_leaves_the_checkpoint_intact(replicated: Pair, lun: t
     assert replicated.status(replicated.primary)["error"]
     with target.Loop(replicated.backstores[secondary.name]) as loop:
         assert whole(secondary, loop.device) == at_checkpoint
+
+
+def test_primary_that_lost_power_is_not_ready_until_its_peer_has_spoken(replicated: Pair, lab: Lab) -> None:
+    """D8: it may have been promoted meanwhile, and only the peer knows."""
+    primary, secondary, network = replicated.primary, replicated.secondary, lab.networks[0]
+    network.cut("alpha", "beta")
+    primary.restart()
+    replicated.start_daemon(primary)
+    assert "is asked whether it was promoted" in replicated.status(primary)["not-ready"]
+    replicated.command(secondary, "failover", "--to", "latest", "--fenced", "--wait")
+    network.heal()
+    primary.wait_until(f"{pair.PROGRAM} status {pair.NAME} --json | grep -q 'was promoted at'")
+    with (
+        replicated.backstore(primary) as backstore,
+        target.Loop(backstore) as loop,
+        pytest.raises(CommandError),
+    ):
+        primary.run(f"dd if={loop.device} of=/dev/null bs=4k count=1 iflag=direct")

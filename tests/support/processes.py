@@ -84,6 +84,14 @@ class Worker:
         lines += ["[nbd]", *_lines({"listen": f"unix:{self.socket}"})]
         return "\n".join(lines) + "\n"
 
+    def set_link(self, key: str, value: object) -> None:
+        """Give `key` of this host's [link] another value; true from the next start on."""
+        path = self.directory / "etc/disk0.toml"
+        lines = path.read_text().splitlines()
+        (at,) = (number for number, line in enumerate(lines) if line.startswith(f"{key} = "))
+        lines[at] = f"{key} = {json.dumps(value)}"
+        path.write_text("\n".join(lines) + "\n")
+
     @property
     def _command(self) -> list[str]:
         return [

@@ -108,7 +108,7 @@ def test_peer_gets_peer_commands_only(name: str) -> None:
     arguments = {
         "peer-hello": {"resource": "disk0", "protocol": 1},
         "peer-prepare": {"epoch": 1},
-        "peer-checkpoint": {"epoch": 1, "name": "a"},
+        "peer-checkpoint": {"epoch": 1, "name": "a", "settled": 0},
         "peer-digests": {"offset": 0, "length": 4096, "piece": 4096},
     }
     line = json.dumps({"execute": name, "arguments": arguments.get(name, {})}).encode()

@@ -10,7 +10,7 @@ STATE = {"stage": "running", "epoch": 7, "generation": "3f2a", "length": 4096}
 
 
 def test_state_of_a_secondary_is_taken():
-    assert peer._state(STATE) == peer.PeerState(Stage.RUNNING, 7, "3f2a", 4096, None)
+    assert peer.state_of(STATE) == peer.PeerState(Stage.RUNNING, 7, "3f2a", 4096, None)
 
 
 @pytest.mark.parametrize(
@@ -29,10 +29,10 @@ def test_state_of_a_secondary_is_taken():
 )
 def test_answer_that_is_no_state_is_a_lie_told_in_one_line(lie):
     with pytest.raises(Error, match="is not its state") as caught:
-        peer._state(STATE | lie)
+        peer.state_of(STATE | lie)
     assert caught.value.kind is Kind.PEER_LIED
     assert str(caught.value).isprintable()
 
 
 def test_error_of_a_secondary_is_one_line():
-    assert peer._state(STATE | {"error": "full\nERROR \x1b[31m"}).error == "full?ERROR ?[31m"
+    assert peer.state_of(STATE | {"error": "full\nERROR \x1b[31m"}).error == "full?ERROR ?[31m"
