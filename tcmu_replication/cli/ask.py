@@ -14,6 +14,8 @@ ANSWER_S = 60.0
 """A checkpoint waits for the writes in flight, and those for a lost peer (25 s at most)."""
 STATUS_S = 5.0
 """Status is answered from memory."""
+UNHEARD = (Kind.TIMED_OUT, Kind.PEER_LOST)
+"""Somebody did not answer; who is to be found out."""
 
 
 class Answer(NamedTuple):
@@ -36,8 +38,8 @@ def ask(
         try:
             return client.execute(command, arguments, timeout)
         except Error as error:
-            late = _late(run, name, command, str(error)) if error.kind is Kind.TIMED_OUT else str(error)
-            raise Error(error.kind, f"{name}: {late}") from error
+            said = _unheard(run, name, command, error) if error.kind in UNHEARD else str(error)
+            raise Error(error.kind, f"{name}: {said}") from error
 
 
 def attempt(name: str, call: Callable[[str], Any]) -> Answer:
@@ -67,21 +69,25 @@ def workers(run: Path) -> dict[str, dict[str, Any]]:
         return {}
 
 
-def _late(run: Path, name: str, command: str, said: str) -> str:
+def _unheard(run: Path, name: str, command: str, error: Error) -> str:
     """Who did not answer: the worker, or its peer, whom the worker has asked."""
     try:
         if command == "query-status":
-            raise Error(Kind.TIMED_OUT, said)
+            raise error
         with Client.unix(socket_path(run, name)) as client:
             link = client.execute("query-status", timeout=STATUS_S).get("link")
     except Error:
-        return said + _advice(run, name, Kind.TIMED_OUT)
+        return str(error) + _advice(run, name, error.kind)
     if not link:
-        return said
+        return str(error)
+    there = f"see `tcmu-replication status {name}`, there"
     if link["state"] == "connected":
-        return f"{link['peer']} does not answer ({said}); see `tcmu-replication status {name}`, there"
+        return f"{link['peer']} does not answer ({error}); {there}"
     since = f" since {link['since']}" if link.get("since") else ""
-    return f"the link to {link['peer']} is down{since} ({said}); see `tcmu-replication status {name}`"
+    return (
+        f"the link to {link['peer']} is down{since} ({error}). Expected {link['peer']} to be on and to serve {name}: "
+        f"{there}; what to do here: `tcmu-replication status {name}`"
+    )
 
 
 def _advice(run: Path, name: str, kind: Kind) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-import textwrap
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from tcmu_replication.cli import exits
+from tcmu_replication.cli import exits, output
 from tcmu_replication.daemon import config
 from tcmu_replication.daemon.config import Resource
 from tcmu_replication.daemon.guards import link_guard, nbd_guard
@@ -20,7 +19,6 @@ from tcmu_replication.daemon.places import Context
 from tcmu_replication.errors import Error
 
 GOOD, WRONG, ELSEWHERE = "good", "wrong", "elsewhere"
-WIDTH = 80
 
 Report = dict[str, Any]
 """What is said of a file: its `verdict`, this host's `mode`, what guards `link` and `nbd`, `errors`, `warnings`."""
@@ -85,32 +83,16 @@ def _print(reports: Sequence[Report], directory: Path) -> None:
     for report in reports:
         file, host = report["file"], report["host"]
         for error in report["errors"]:
-            _say(error, err=True)
+            click.echo(output.folded(error, "", sys.stderr), err=True)
         if report["verdict"] == ELSEWHERE:
-            _say(f"{file}: good, and {host} has no part in it")
+            click.echo(output.folded(f"{file}: good, and {host} has no part in it", ""))
         if report["verdict"] == GOOD:
-            _say(f"{file}: good, {report['mode']} on {host}")
+            click.echo(output.folded(f"{file}: good, {report['mode']} on {host}", ""))
             for port in ("link", "nbd"):
                 if report[port] is not None:
-                    _say(f"{port}: {report[port]}", "  ")
+                    click.echo(output.folded(f"{port}: {report[port]}", "  "))
         for warning in report["warnings"]:
-            _say(f"warning: {warning}", "  ")
-
-
-def _say(text: str, indent: str = "", *, err: bool = False) -> None:
-    """A line; on a terminal lines of at most `WIDTH`, where the words allow it: a path stays whole."""
-    if (sys.stderr if err else sys.stdout).isatty():
-        text = textwrap.fill(
-            text,
-            WIDTH,
-            initial_indent=indent,
-            subsequent_indent=indent + "  ",
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-    else:
-        text = indent + text
-    click.echo(text, err=err)
+            click.echo(output.folded(f"warning: {warning}", "  "))
 
 
 def _print_json(reports: Sequence[Report]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from tcmu_replication.units import format_size
 
@@ -59,9 +59,12 @@ def rich_table(lines: Sequence[Row], headers: Row = HEADERS) -> Table:
     return table
 
 
-def folded(text: str, indent: str) -> str:
-    """On a terminal lines of at most `WIDTH`, where the words allow it; elsewhere one line."""
-    if not sys.stdout.isatty():
+def folded(text: str, indent: str, stream: TextIO | None = None) -> str:
+    """For a terminal lines of at most `WIDTH`, where the words allow it: a path stays whole; elsewhere one line.
+
+    `stream` is where it goes: standard output, or another.
+    """
+    if not (stream or sys.stdout).isatty():
         return indent + text
     import textwrap
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tcmu_replication.control import framing
+from tcmu_replication.dial import dial
 from tcmu_replication.errors import Error, Kind, one_line
 from tcmu_replication.prove import prove
 from tcmu_replication.secret import Secret, refuse_if_asked
@@ -59,8 +60,9 @@ class Connection(asyncio.Protocol):
         cls, host: str, port: int, local: str | None, tls: ssl.SSLContext | None, secret: Secret | None
     ) -> tuple[asyncio.BaseTransport, Connection]:
         loop = asyncio.get_running_loop()
-        sock = await _connected(host, port, local)
+        sock = await dial(host, port, local)
         try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if secret is not None:
                 await prove(sock, secret.proof("client"))
             name = None if tls is None else ""
@@ -180,7 +182,7 @@ async def _open(connecting: Any, where: str, timeout: float) -> Connection:
             raise Error(error.kind, f"no control connection to {where}: {error}") from error
         raise
     except OSError as error:
-        raise Error(Kind.PEER_LOST, f"no control connection to {where}: {error}") from error
+        raise Error(Kind.PEER_LOST, f"no control connection to {where}: {error.strerror or error}") from error
     except BaseException:
         _drop(connection)
         raise
@@ -189,28 +191,6 @@ async def _open(connecting: Any, where: str, timeout: float) -> Connection:
 
 def _no_tls(error: ssl.SSLError) -> bool:
     return getattr(error, "reason", None) == "WRONG_VERSION_NUMBER"
-
-
-async def _connected(host: str, port: int, local: str | None) -> socket.socket:
-    """A socket that is connected to `host`, from the address `local`. Raises OSError."""
-    loop = asyncio.get_running_loop()
-    refused = OSError(f"{host} has no address")
-    for family, kind, proto, _, target in await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-        sock = socket.socket(family, kind, proto)
-        try:
-            sock.setblocking(False)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if local is not None:
-                sock.bind((local, 0))
-            await loop.sock_connect(sock, target)
-            return sock
-        except OSError as error:
-            sock.close()
-            refused = error
-        except BaseException:
-            sock.close()
-            raise
-    raise refused
 
 
 def _drop(connection: Connection | None) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import socket
 import ssl
 
+from tcmu_replication.dial import connected, dial
 from tcmu_replication.errors import Error, Kind
 from tcmu_replication.nbd.handshake_client import Agreement, ClientHandshake
 from tcmu_replication.nbd.tls_socket import Socket, TlsSocket, receive, send_all
@@ -71,38 +72,29 @@ async def connect(
 
 
 async def _open_socket(address: Address, timeout_s: float) -> socket.socket:
-    loop = asyncio.get_running_loop()
     if isinstance(address, Unix):
-        return await _connected(socket.AF_UNIX, address.path)
-    found = await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
-    refused: OSError = OSError(f"{address.host} has no address")
-    for family, _, _, _, target in found:
-        try:
-            sock = await _connected(family, target)
-        except OSError as error:
-            refused = error
-            continue
-        # What a dead host has not acknowledged for timeout_s ends the connection; keep-alive finds
-        # one that dies while nothing is under way.
-        probe = max(1, int(timeout_s / 4))
-        for option, value in (
-            (socket.TCP_NODELAY, 1),
-            (socket.TCP_USER_TIMEOUT, max(1, int(timeout_s * 1000))),
-            (socket.TCP_KEEPIDLE, probe),
-            (socket.TCP_KEEPINTVL, probe),
-            (socket.TCP_KEEPCNT, 3),
-        ):
-            sock.setsockopt(socket.IPPROTO_TCP, option, value)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        return sock
-    raise refused
+        return await _open_unix(address.path)
+    sock = await dial(address.host, address.port)
+    # What a dead host has not acknowledged for timeout_s ends the connection; keep-alive finds
+    # one that dies while nothing is under way.
+    probe = max(1, int(timeout_s / 4))
+    for option, value in (
+        (socket.TCP_NODELAY, 1),
+        (socket.TCP_USER_TIMEOUT, max(1, int(timeout_s * 1000))),
+        (socket.TCP_KEEPIDLE, probe),
+        (socket.TCP_KEEPINTVL, probe),
+        (socket.TCP_KEEPCNT, 3),
+    ):
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    return sock
 
 
-async def _connected(family: int, target: str | tuple[object, ...]) -> socket.socket:
-    sock = socket.socket(family, socket.SOCK_STREAM)
+async def _open_unix(path: str) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.setblocking(False)
-        await asyncio.get_running_loop().sock_connect(sock, target)
+        await connected(sock, path)
     except BaseException:
         sock.close()
         raise

@@ -33,6 +33,27 @@ def test_pair_whose_secondary_is_gone_is_not_protected_though_no_error_is_record
         assert "disk0: DOWN: nobody serves" in down.stdout
 
 
+def test_checkpoint_on_a_link_that_refuses_connections_says_who_is_missing_and_where_to_look(
+    tmp_path: Path,
+) -> None:
+    """It was `[Errno 111] Connect call failed ('192.0.2.2', 10810)`."""
+    with Pair(tmp_path, size=16 << 20) as pair:
+        pair.replicate()
+        pair.beta.kill()
+        refused = pair.alpha.cli("checkpoint", "disk0", check=False)
+        assert refused.returncode == exits.PEER
+        assert refused.stderr.startswith("disk0: the link to beta is down since ")
+        for words in (
+            f"127.0.0.2:{pair.control_port}: Connection refused: nobody listens there",
+            "Expected beta to be on and to serve disk0",
+            "what to do here: `tcmu-replication status disk0`",
+        ):
+            assert words in refused.stderr
+        told = pair.alpha.cli("status", "disk0", check=False).stdout
+        for raw in ("Errno", "Connect call failed"):
+            assert raw not in refused.stderr + told
+
+
 def test_stopped_pair_is_not_protected_on_either_host(tmp_path: Path) -> None:
     """`none` and `done` were exit status 0 too."""
     with Pair(tmp_path, size=16 << 20) as pair:

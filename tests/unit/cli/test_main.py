@@ -367,13 +367,17 @@ def test_watch_prints_a_json_document_a_line(workers: Workers, monkeypatch: pyte
         ),
     ],
 )
-def test_worker_whose_peer_is_silent_does_not_hang(workers: Workers, link: schema.Link, said: str) -> None:
+@pytest.mark.parametrize("kind", [Kind.TIMED_OUT, Kind.PEER_LOST])
+def test_worker_whose_peer_is_silent_does_not_hang(
+    workers: Workers, link: schema.Link, said: str, kind: Kind
+) -> None:
     """A checkpoint while the link was cut said that the worker hangs."""
-    late = Error(Kind.TIMED_OUT, "no answer to 'peer-hello' in 10 s")
+    late = Error(kind, "no answer to 'peer-hello' in 10 s")
     workers.serve("disk0", checkpoint=late, query_status=status(link=link))
     result = command("checkpoint", "disk0")
-    assert result.exit_code == exits.LATE
+    assert result.exit_code == exits.STATUS_OF_KIND[kind]
     assert said in result.stderr
+    assert "see `tcmu-replication status disk0`, there" in result.stderr
     assert "hangs" not in result.stderr
 
 
