@@ -264,7 +264,7 @@ class PairBackstore(Backstore):
 
     # --- status
 
-    def status(self, frontends: list[schema.Frontend]) -> schema.Status:
+    def status(self, frontends: list[schema.Frontend], hangs: str | None) -> schema.Status:
         """See `Backstore.status`."""
         engine = self.engine
         if self._lun_server is not None and self.resource.nbd is not None:
@@ -273,7 +273,7 @@ class PairBackstore(Backstore):
             )
             frontends = [*frontends, lun]
         serves = engine.mode is Mode.PRIMARY or engine.stage is not Stage.NONE
-        facts = self._facts()
+        facts = self._facts()._replace(hangs=hangs)
         comparing = facts.comparing
         return schema.Status(
             protection=schema.Protection(**judge(facts)._asdict()),
@@ -297,6 +297,7 @@ class PairBackstore(Backstore):
             last_forwarded=facts.last_forwarded_at,
             outdated_since=facts.outdated_since,
             not_ready=facts.not_ready,
+            hangs=hangs,
             comparing=None if comparing is None else schema.Progress(done=comparing[0], total=comparing[1]),
             last_checkpoint=self._last_checkpoint(),
             checkpoint_under_way_since=facts.checkpoint_under_way_since,

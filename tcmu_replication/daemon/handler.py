@@ -56,8 +56,11 @@ class Backstore:
     async def listen(self, control: Server) -> None:
         """The control socket is there: listen where else requests and commands come from. Raises `Error`."""
 
-    def status(self, frontends: list[Frontend]) -> Document | None:
-        """The answer to query-status; None lets the worker answer with a `DeviceStatus`."""
+    def status(self, frontends: list[Frontend], hangs: str | None) -> Document | None:
+        """The answer to query-status; None lets the worker answer with a `DeviceStatus`.
+
+        `hangs` is the call of a disk that has not returned, and for how long.
+        """
         return None
 
     async def close(self) -> None:

@@ -19,8 +19,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 import tcmu_replication
 from tcmu_replication.control import lock, schema
 from tcmu_replication.control.qemu_schema import Shutdown
@@ -300,17 +298,17 @@ class Worker:
             )
             for device, frontend in self.frontends.items()
         ]
-        status = self.backstore.status(frontends) or schema.DeviceStatus(
+        hangs = self._guardian.hangs(self.backstore.offload) if self._guardian is not None else None
+        return self.backstore.status(frontends, hangs) or schema.DeviceStatus(
             device=self.name,
             subtype=self.subtype,
             config=self.config,
             size=self.backstore.top.length,
             frontends=frontends,
+            hangs=hangs,
             pid=os.getpid(),
             version=tcmu_replication.__version__,
         )
-        hangs = self._guardian.hangs(self.backstore.offload) if self._guardian is not None else None
-        return status if hangs is None else msgspec.structs.replace(status, hangs=hangs)
 
     async def _attach_device(self, arguments: schema.DeviceArguments, session: Session) -> None:
         await self.attach(arguments.device)

@@ -33,7 +33,8 @@ class Facts(NamedTuple):
     begins. `resending_bytes`: what goes to the peer again after a crash.
     `out_of_sync_bytes`: what the peer is known to miss, and `map_complete` that no more
     is missed. `removed`: the replica was taken out of the mirror. `job`: the commit in
-    words. `link_state` is that of `schema.Link`. `checkpoint_under_way_since` is
+    words. `hangs`: the call of a disk that has not returned, and for how long.
+    `link_state` is that of `schema.Link`. `checkpoint_under_way_since` is
     shown and changes no verdict.
     """
 
@@ -65,6 +66,7 @@ class Facts(NamedTuple):
     checkpoint_under_way_since: str | None = None
     removed: bool = False
     job: str | None = None
+    hangs: str | None = None
 
 
 class Verdict(NamedTuple):
@@ -310,6 +312,14 @@ TABLE: tuple[Row, ...] = (
         "carry the link? If replication was never started there: `tcmu-replication start {name}`, there",
     ),
     Row(
+        "hangs",
+        lambda f: bool(f.hangs),
+        "failed",
+        "a disk of {host} does not answer ({hangs}); what waits for it is not acknowledged",
+        advice="see to that disk (dmesg): this host goes on by itself when it answers. Nothing that was acknowledged "
+        "is missing on {peer} or here by this alone",
+    ),
+    Row(
         "comparing",
         lambda f: f.comparing is not None,
         "unprotected",
@@ -380,6 +390,7 @@ def _values(facts: Facts) -> dict[str, str]:
         "not_ready": facts.not_ready or "",
         "suspect": facts.suspect or "",
         "job": facts.job or "see its job",
+        "hangs": facts.hangs or "",
         "missed": format_size(facts.out_of_sync_bytes),
         "resending": format_size(facts.resending_bytes),
         "compared": _part(facts.comparing),

@@ -70,6 +70,7 @@ def test_primary_whose_disk_hangs_says_so_and_refuses_commands(pair: Pair, tmp_p
         with contextlib.ExitStack() as meanwhile, frozen(disk):
             meanwhile.enter_context(io(pair.alpha, "write -P 0x22 0 1M", "read -P 0x22 0 1M"))
             until(lambda: f"write {pair.alpha.disk}" in hangs(pair.alpha))
+            assert not pair.alpha.status()["protection"]["protected"]
             told = pair.alpha.cli("errors", "disk0", check=False)
             assert f"write {pair.alpha.disk}" in told.stdout + told.stderr
             refused = pair.alpha.cli("checkpoint", "disk0", check=False)

@@ -45,7 +45,7 @@ class End:
 
     async def _query_status(self, arguments: Document, session: Session) -> schema.Status:
         """The worker's, which has no more to say here."""
-        return self.backstore.status([])  # type: ignore[no-any-return]
+        return self.backstore.status([], None)  # type: ignore[no-any-return]
 
     def _emit(self, name: str, data: Document) -> None:
         assert isinstance(data, schema.EVENTS[name])

@@ -51,6 +51,7 @@ CASES: dict[str, Facts] = {
     ),
     "secondary-alone": facts("secondary", link_state="listening", peer_heard_at=THEN),
     "secondary-unconnected": facts("secondary", link_state="listening"),
+    "hangs": facts(hangs="no answer for 5 s: write /dev/sdb"),
     "comparing": facts(comparing=(1 << 20, 4 << 20)),
     "resending": facts(resending_bytes=4096),
     "primary-protected": facts(),
