@@ -62,14 +62,24 @@ class End:
 
     @asynccontextmanager
     async def _command(self) -> AsyncIterator[None]:
-        """Within it no other command runs. Raises `Error(CANCELLED)` for one that comes, or waited, too long."""
+        """Within it no other command runs. Raises `Error(CANCELLED)` for one that comes, or waited, too long.
+
+        One that meets a defect may have done half of what it does: the loop's exception handler hears of it.
+        """
         async with self._lock:
             if self._ended:
                 raise Error(
                     Kind.CANCELLED,
                     f"the worker of {self.name} is shutting down; the command was not carried out",
                 )
-            yield
+            try:
+                yield
+            except Error:
+                raise
+            except Exception as defect:
+                context = {"message": f"a command of {self.name} met a defect", "exception": defect}
+                asyncio.get_running_loop().call_exception_handler(context)
+                raise
 
     @asynccontextmanager
     async def _quiet(self) -> AsyncIterator[None]:

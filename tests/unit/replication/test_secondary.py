@@ -1090,3 +1090,24 @@ def test_checkpoint_that_fails_keeps_the_pair_that_the_manifest_names_and_no_oth
         raise Error(Kind.IO, "fails on cue")
 
     run(story())
+
+
+def test_command_that_meets_a_defect_is_told_to_the_loop(tmp_path):
+    """A3: it may have done half of what it does, so the worker has to end."""
+    site = Site(tmp_path)
+    seen = []
+
+    async def publish(node):
+        raise KeyError("nobody foresaw this")
+
+    async def play():
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: seen.append(context["exception"]))
+        await site.engine.open()
+        site.publish = publish
+        site.engine = site.make()
+        await site.engine.open()
+        with pytest.raises(KeyError):
+            await site.engine.start(Mode.SECONDARY)
+
+    run(play())
+    assert [type(found) for found in seen] == [KeyError]
