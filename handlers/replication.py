@@ -369,7 +369,9 @@ class PrimaryBackstore(PairBackstore):
         self._up = False
         pulse = None
         link = resource.link
-        self._address = Tcp(theirs.address, link.port) if link.socket is None else Unix(link.socket)
+        # Of a host with several addresses the peer lets in the one that the file names.
+        over_tcp = Tcp(theirs.address, link.port, mine.address)
+        self._address = over_tcp if link.socket is None else Unix(link.socket)
         self._client_tls = self._tls(self._peer_name, theirs.address, server_side=False)
         self._control_peer: ControlPeer | None = None
         self._beats: ControlPeer | None = None

@@ -74,7 +74,7 @@ async def connect(
 async def _open_socket(address: Address, timeout_s: float) -> socket.socket:
     if isinstance(address, Unix):
         return await _open_unix(address.path)
-    sock = await dial(address.host, address.port)
+    sock = await dial(address.host, address.port, address.local)
     # What a dead host has not acknowledged for timeout_s ends the connection; keep-alive finds
     # one that dies while nothing is under way.
     probe = max(1, int(timeout_s / 4))

@@ -14,10 +14,14 @@ DEFAULT_PORT = 10809
 
 
 class Tcp(NamedTuple):
-    """A TCP address; `host` is a name, an IPv4 or an IPv6 address without brackets."""
+    """A TCP address; `host` is a name, an IPv4 or an IPv6 address without brackets.
+
+    `local` is the address of ours to call it from; without it the kernel chooses one.
+    """
 
     host: str
     port: int = DEFAULT_PORT
+    local: str | None = None
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"

@@ -118,6 +118,14 @@ class End:
             )
         return found
 
+    def _exchange_role(self, found: Manifest) -> None:
+        """The directory's manifest is of the other role, which has ended: what stays true of the disk."""
+        self.manifest = msgspec.structs.replace(
+            self.manifest,
+            sequence=found.sequence,
+            written_alone=found.written_alone or bool(found.outdated_at),
+        )
+
     def _record(self, reason: str) -> None:
         """Make the error sticky, in memory; the first reason is kept, since the rest follows from it."""
         if self.machine.error is None:

@@ -160,6 +160,7 @@ class Primary(End):
         """Take up what the manifest says. Raises `Error`, with nothing changed."""
         found = self._load()
         if found is not None and not self._is_ours(found):
+            self._exchange_role(found)
             found = None
         elif found is None and self._pulse is not None:
             self._wait_for_peer(

@@ -155,6 +155,7 @@ class Secondary(End):
         """Take up what the manifest says. Raises `Error`, with nothing changed."""
         found = self._load()
         if found is not None and not self._is_ours(found):
+            self._exchange_role(found)
             found = None
         if found is not None and found.stage is not Stage.NONE:
             await self._resume(found)
@@ -287,7 +288,7 @@ class Secondary(End):
         """
         async with self._command():
             before = self.machine
-            if again and self.stage is Stage.DONE:
+            if again and self.stage in (Stage.NONE, Stage.DONE):
                 self._refuse_to_discard(assume_clean=assume_clean, discard=discard)
                 self.machine = Machine(Mode.SECONDARY)
             try:
@@ -306,7 +307,7 @@ class Secondary(End):
         if discard:
             return
         user = self._in_use()
-        if user is not None:
+        if user is not None and self.stage is Stage.DONE:  # before it shows no data
             raise Error(
                 Kind.CONFLICT,
                 f"the LUN of {self.name} is in use here ({user}): what is written to it would be lost. Stop its "

@@ -92,6 +92,13 @@ class Worker:
         lines[at] = f"{key} = {json.dumps(value)}"
         path.write_text("\n".join(lines) + "\n")
 
+    def exchange_roles(self) -> None:
+        """In this host's file; true from the next start on."""
+        path = self.directory / "etc/disk0.toml"
+        other = {'mode = "primary"': 'mode = "secondary"', 'mode = "secondary"': 'mode = "primary"'}
+        lines = [other.get(line, line) for line in path.read_text().splitlines()]
+        path.write_text("\n".join(lines) + "\n")
+
     @property
     def _command(self) -> list[str]:
         return [

@@ -213,3 +213,54 @@ def test_a_gap_is_mended_as_the_texts_say(pair):
     until(lambda: pair.alpha.status()["protection"]["protected"], "protected again")
     pair.alpha.io("write -P 0x44 1M 1M")
     assert same(pair)
+
+
+def promoted(pair):
+    """The primary died, the secondary was promoted and written; then the old primary came back and heard of it."""
+    pair.replicate()
+    pair.alpha.io("write -P 0x11 0 1M")
+    pair.alpha.kill()
+    pair.beta.cli("failover", "disk0", "--to", "latest", "--fenced", "--wait")
+    pair.beta.io("write -P 0x22 1M 1M", "flush")
+    pair.alpha.start()
+    until(lambda: "was promoted" in (pair.alpha.status()["not-ready"] or ""), "alpha has heard of it")
+
+
+def test_pair_after_a_failover_is_made_anew_as_the_texts_say(pair):
+    """docs/status.md, After a failover, with the roles of before."""
+    promoted(pair)
+    pair.alpha.cli("stop", "disk0", check=False)
+    pair.alpha.stop()
+    pair.alpha.disk.write_bytes(pair.beta.disk.read_bytes())
+    pair.alpha.start()
+    refused = pair.beta.cli("start", "disk0", check=False)
+    assert "--discard-my-data" in refused.stderr
+    pair.beta.cli("start", "disk0", "--discard-my-data")
+    refused = pair.alpha.cli("start", "disk0", check=False)
+    assert "--force" in refused.stderr
+    pair.alpha.cli("start", "disk0", "--force", "--wait")
+    assert pair.alpha.status()["protection"]["protected"]
+    pair.alpha.io("read -P 0x11 0 1M", "read -P 0x22 1M 1M", "write -P 0x33 2M 1M")
+    assert same(pair)
+
+
+def test_pair_after_a_failover_goes_on_in_exchanged_roles_as_the_texts_say(pair):
+    promoted(pair)
+    pair.alpha.stop()
+    pair.beta.stop()
+    pair.alpha.disk.write_bytes(pair.beta.disk.read_bytes())
+    for worker in (pair.alpha, pair.beta):
+        worker.exchange_roles()
+        worker.start()
+    pair.beta.io("read -P 0x22 1M 1M")
+    pair.alpha.cli("start", "disk0")
+    refused = pair.beta.cli("start", "disk0", "--assume-clean", check=False)
+    assert "was written while nothing was replicated" in refused.stderr
+    pair.beta.cli("start", "disk0", "--wait")
+    assert pair.beta.status()["protection"]["protected"]
+    pair.beta.io("write -P 0x33 2M 1M")
+    assert same(pair)
+    for worker in (pair.alpha, pair.beta):
+        worker.kill()
+        worker.start()
+    until(lambda: pair.beta.status()["protection"]["protected"], "in sync again")
