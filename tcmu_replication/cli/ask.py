@@ -92,13 +92,13 @@ def _unheard(run: Path, name: str, command: str, error: Error) -> str:
 
 def _advice(run: Path, name: str, kind: Kind) -> str:
     """What to do about a worker that does not answer."""
-    if kind is Kind.TIMED_OUT:
-        return f". The worker hangs; its log: `journalctl -u tcmu-replication --grep {name}`"
-    if kind is not Kind.NOT_FOUND:
+    if kind not in (Kind.TIMED_OUT, Kind.NOT_FOUND):
         return ""
     known = workers(run)
-    if name in known:
-        row = known[name]
+    row = known.get(name, {})
+    if kind is Kind.TIMED_OUT and not row.get("down-since"):
+        return f". The worker hangs; its log: `journalctl -u tcmu-replication --grep {name}`"
+    if row:
         since = f" since {row['down-since']}" if row.get("down-since") else ""
         return f". The daemon says: {row['state']}{since}" + (f", {row['error']}" if row.get("error") else "")
     if known:

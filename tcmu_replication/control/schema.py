@@ -295,11 +295,12 @@ class DeviceStatus(Document, frozen=True, kw_only=True):
 class WorkerInfo(Document, frozen=True, kw_only=True):
     """A worker as the manager sees it; `error` is its last words if it ended, or why it was not started.
 
-    `down_since` is when it first ended since it last served.
+    "hung" says nothing any more, and SIGKILL does not end it. `down_since` is when it first ended, or was
+    killed, since it last served.
     """
 
     name: str
-    state: Literal["starting", "running", "waiting", "stopping", "stopped", "failed"]
+    state: Literal["starting", "running", "hung", "waiting", "stopping", "stopped", "failed"]
     pid: Count | None = None
     restarts: Count = 0
     error: str | None = None

@@ -26,7 +26,7 @@ from tcmu_replication.control import lock
 from tcmu_replication.control.schema import WorkerInfo
 from tcmu_replication.daemon.restarts import Restarts
 
-State = Literal["starting", "running", "waiting", "stopping", "stopped", "failed"]
+State = Literal["starting", "running", "hung", "waiting", "stopping", "stopped", "failed"]
 
 log = logging.getLogger(__name__)
 
@@ -182,10 +182,12 @@ class Child:
         if self._silent == SILENT_LOOKS:
             self._words = f"it hung: no sign of life for {SILENT_LOOKS * self._look_s:.0f} s"
             log.error("%s: process %s is killed, %s", self.name, self.pid, self._words)
+            self.down_since = self.down_since or _now()
             self._signal(signal.SIGKILL)
         elif self._silent == SILENT_LOOKS + 1:
+            self.state = "hung"
             self.error = f"{self._words}, and SIGKILL does not end it: a disk hangs"
-            log.error("%s: %s", self.name, self.error)
+            log.error("%s: process %s: %s", self.name, self.pid, self.error)
             self._down(self)
 
     def _serves(self) -> None:
@@ -221,7 +223,7 @@ class Child:
         )
         self.state = "failed" if hopeless else "waiting"
         self.error = self._words or how
-        self.down_since = self.down_since or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self.down_since = self.down_since or _now()
         self._retry = self._loop.call_later(delay_s, self.start)
 
     def _cancel_retry(self) -> None:
@@ -233,6 +235,10 @@ class Child:
         if self.pid is not None:
             with contextlib.suppress(ProcessLookupError):  # it has ended, and the loop is about to tell
                 signal.pidfd_send_signal(self._pidfd, number)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def _how(status: int | None) -> str:

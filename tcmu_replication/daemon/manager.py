@@ -106,6 +106,7 @@ class Manager:
         self._ending: set[asyncio.Task[None]] = set()
         self._subtypes: set[str] = set()
         self._notices: Notices | None = None
+        self._living: asyncio.TimerHandle | None = None
         self._server = Server({"query-workers": self._query_workers}, schema.MANAGER_COMMANDS)
 
     async def open(self) -> None:
@@ -124,6 +125,7 @@ class Manager:
         for identity in uio.devices():
             self._add_device(identity)
         log.info("process %d: %d workers", os.getpid(), len(self._children))
+        self._lives()
 
     async def close(self) -> None:
         """End the workers in order, the youngest first, and then be nobody. Twice is fine."""
@@ -140,6 +142,13 @@ class Manager:
             self._notices.close()
             self._notices = None
         await self._server.close()
+        if self._living is not None:
+            self._living.cancel()
+
+    def _lives(self) -> None:
+        """Tell the service manager so, from the loop: one that is stuck is ended, and the workers outlive it."""
+        systemd.notify(WATCHDOG=1)
+        self._living = asyncio.get_running_loop().call_later(self._look_s, self._lives)
 
     def reload(self) -> None:
         """Read the resource files again: start, stop and restart what they add, remove and change.

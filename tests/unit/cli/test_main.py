@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from msgspec.structs import replace
 
 from tcmu_replication.cli import exits, main, waiting
 from tcmu_replication.control import schema
@@ -289,6 +290,18 @@ def test_worker_that_is_not_there_and_since_when(workers: Workers) -> None:
     row = schema.WorkerInfo(name="disk0", state="waiting", error="was killed by SIGKILL", down_since=since)
     workers.serve("_manager", schema.MANAGER_COMMANDS, query_workers=[row])
     assert f"The daemon says: waiting since {since}, was killed by SIGKILL" in command("status").stdout
+
+
+def test_worker_that_hangs_and_since_when(workers: Workers) -> None:
+    since = "2026-01-02T03:04:05+00:00"
+    late = Error(Kind.TIMED_OUT, "no answer to 'query-status' in 5 s")
+    row = schema.WorkerInfo(name="disk0", state="running")
+    rows = [row]
+    workers.serve("_manager", schema.MANAGER_COMMANDS, query_workers=rows)
+    workers.serve("disk0", query_status=late)
+    assert "The worker hangs" in command("status").stdout
+    rows[:] = [replace(row, state="hung", error="SIGKILL does not end it", down_since=since)]
+    assert f"The daemon says: hung since {since}, SIGKILL does not end it" in command("status").stdout
 
 
 def test_status_of_all_shows_who_is_down(workers: Workers) -> None:

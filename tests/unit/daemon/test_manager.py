@@ -6,9 +6,11 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import sys
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -477,6 +479,97 @@ def test_worker_that_falls_silent_is_killed_and_started_again(with_manager: Call
         assert "it hung: no sign of life" in row["error"]
 
     with_manager(body, look_s=0.02)
+
+
+def test_worker_that_sigkill_does_not_end_is_told_since_when_and_its_devices_answer_busy(
+    with_manager: Callable[..., None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """lio-findings 6, on a disk that hangs: the kernel keeps a process in state D until the disk goes on."""
+    stores: list[Path] = []
+    kill = signal.pidfd_send_signal
+
+    def held(pidfd: int, number: int) -> None:
+        if number != signal.SIGKILL:
+            kill(pidfd, number)
+
+    monkeypatch.setattr(signal, "pidfd_send_signal", held)
+
+    def prepare(rig: Rig) -> None:
+        rig.write("disk0")
+        rig.present["uio0"] = identity("uio0", "replication", "disk0")
+        stores.append(rig.backstore(rig.present["uio0"]))
+
+    async def body(rig: Rig, manager: Manager) -> None:
+        fake = await rig.next()
+        await fake.tell(f"serve {socket_path(rig.context.run_directory, 'disk0')}")
+        await fake.tell("ready")
+        assert await fake.hear() == ["attach", "uio0"]
+        await fake.tell("alive")
+        row = await rig.until("disk0", "hung")
+        assert (row["pid"], row["restarts"]) == (fake.pid, 0)
+        assert "SIGKILL does not end it: a disk hangs" in row["error"]
+        assert row["down-since"]
+        assert f"process {fake.pid}: {row['error']}" in caplog.text
+        assert (stores[0] / "action" / "block_dev").read_text() == "1"
+        await fake.tell("exit 1")  # the disk goes on, and SIGKILL takes effect
+        again = await rig.next()
+        assert (await rig.workers())["disk0"]["down-since"] == row["down-since"]
+        await again.tell("ready")
+        row = await rig.until("disk0", "running")
+        assert (row["restarts"], row["down-since"]) == (1, None)
+
+    with_manager(body, prepare, look_s=0.02)
+
+
+def test_manager_says_that_it_lives_while_its_loop_turns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """lio-findings 6, for the daemon itself: what systemd's WatchdogSec listens to, over a real socket.
+
+    Its loop is held by a device event. That nothing comes then is seen by waiting for many looks.
+    """
+    look_s = 0.02
+    stuck, goes_on = threading.Event(), threading.Event()
+
+    class Holding(Devices):
+        def events(self) -> list[Event]:
+            stuck.set()
+            goes_on.wait(LIMIT_S)
+            return super().events()
+
+    rig = Rig(tmp_path, monkeypatch)
+    rig.devices = Holding()
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+
+    async def main() -> None:
+        manager = rig.make(look_s=look_s)
+        await manager.open()
+        try:
+            await asyncio.to_thread(listen)
+        finally:
+            await manager.close()
+
+    def listen() -> None:
+        try:
+            assert [notices.recv(4096) for _ in range(3)] == [b"WATCHDOG=1"] * 3
+            rig.devices.push("add", "uio9")
+            assert stuck.wait(LIMIT_S)
+            notices.settimeout(0)
+            with suppress(BlockingIOError):
+                while notices.recv(4096):  # from before
+                    pass
+            notices.settimeout(20 * look_s)
+            with pytest.raises(TimeoutError):
+                notices.recv(4096)
+        finally:
+            goes_on.set()
+        notices.settimeout(LIMIT_S)
+        assert notices.recv(4096) == b"WATCHDOG=1"
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notices:
+        notices.bind(str(tmp_path / "notify"))
+        notices.settimeout(LIMIT_S)
+        asyncio.run(asyncio.wait_for(main(), LIMIT_S))
 
 
 def test_worker_that_outlived_a_manager_is_watched_by_the_next(

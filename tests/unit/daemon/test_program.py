@@ -35,11 +35,18 @@ def notices(tmp_path: Path) -> socket.socket:
     return channel
 
 
+def heard(notices: socket.socket) -> bytes:
+    """The next word that is no sign of life."""
+    while (said := notices.recv(4096)) == b"WATCHDOG=1":
+        pass
+    return said
+
+
 def test_daemon_is_ready_lists_its_workers_and_ends_in_order(tmp_path: Path, notices: socket.socket) -> None:
     (tmp_path / "etc").mkdir()
     (tmp_path / "etc" / "broken.toml").write_text("[resource]")
     with start(tmp_path, str(tmp_path / "notify")) as daemon:
-        assert notices.recv(4096) == b"READY=1"
+        assert heard(notices) == b"READY=1"
         command = [sys.executable, "-m", "tcmu_replication", f"--config={tmp_path / 'etc'}"]
         asked = subprocess.run(
             [*command, f"--run={tmp_path / 'run'}", "status", "--json"], capture_output=True, text=True
@@ -49,7 +56,7 @@ def test_daemon_is_ready_lists_its_workers_and_ends_in_order(tmp_path: Path, not
         assert "resource.name: found nothing" in document["error"]
         daemon.send_signal(signal.SIGHUP)
         daemon.send_signal(signal.SIGTERM)
-        assert notices.recv(4096) == b"STOPPING=1"
+        assert heard(notices) == b"STOPPING=1"
         assert daemon.wait(PATIENCE_S) == 0
         assert list((tmp_path / "run").iterdir()) == [tmp_path / "run" / "_manager.lock"]
     notices.close()
@@ -57,10 +64,10 @@ def test_daemon_is_ready_lists_its_workers_and_ends_in_order(tmp_path: Path, not
 
 def test_second_daemon_says_why_it_ends(tmp_path: Path, notices: socket.socket) -> None:
     with start(tmp_path, str(tmp_path / "notify")) as first:
-        assert notices.recv(4096) == b"READY=1"
+        assert heard(notices) == b"READY=1"
         with start(tmp_path, str(tmp_path / "notify")) as second:
             said = f"STATUS=a daemon runs on {tmp_path / 'run'} already: process {first.pid}"
-            assert notices.recv(4096) == said.encode()
+            assert heard(notices) == said.encode()
             assert second.wait(PATIENCE_S) == 3
         first.terminate()
     notices.close()
