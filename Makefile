@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 TO ?= latest
 # What the tests and the demo use of Debian; docs/dependencies.md says what for.
 PACKAGES := user-mode-linux kmod qemu-utils qemu-system-x86 nbdkit libnbd-bin fio open-iscsi \
-	gcc libc6-dev e2fsprogs xfsprogs dbus dmsetup iproute2 sg3-utils openssl python3-venv
+	gcc libc6-dev e2fsprogs xfsprogs dbus dmsetup systemd iproute2 sg3-utils openssl python3-venv
 TEST_ARGS ?=
 N ?= 200
 SECONDS ?= 60

@@ -48,12 +48,17 @@ def base() -> Iterator[Path]:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else")
-def test_secondary_as_a_user_of_its_own_with_files_of_its_own(base: Path) -> None:
+@pytest.mark.parametrize("reads", ["its own files", "root's files, as its group"])
+def test_secondary_as_a_user_of_its_own(base: Path, reads: str) -> None:
+    """As contrib's unit of a worker without LIO runs one (S4)."""
     pair = Pair(base, size=SIZE)
     beta = pair.beta
     beta.user = SOMEBODY
     for path in (beta.directory, beta.disk, beta.overlays, beta.secret):
         os.chown(path, SOMEBODY, SOMEBODY)
+    if reads == "root's files, as its group":
+        os.chown(beta.secret, 0, SOMEBODY)
+        beta.secret.chmod(0o640)
     with pair:
         pair.replicate()
         pair.alpha.io("write -P 0x22 0 1M", "flush")

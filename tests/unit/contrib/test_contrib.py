@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import configparser
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +12,22 @@ import pytest
 from msgspec.structs import fields, replace
 
 from tcmu_replication.cli.main import cli
-from tcmu_replication.daemon import config
+from tcmu_replication.daemon import child, config, guardian
+from tests.support.tools import requires
 
 CONTRIB = Path(__file__).parents[3] / "contrib"
 EXAMPLE = CONTRIB / "resources" / "disk0.toml"
+UNITS = sorted((CONTRIB / "systemd").iterdir())
+DAEMON = CONTRIB / "systemd" / "tcmu-replication.service"
+WORKER = CONTRIB / "systemd" / "tcmu-replication-worker@.service"
+
+
+def sections(unit: Path) -> configparser.ConfigParser:
+    """What a unit file sets; of what it sets twice the last."""
+    found = configparser.ConfigParser(interpolation=None, strict=False)
+    found.optionxform = str  # type: ignore[assignment, method-assign]
+    found.read(unit)
+    return found
 
 
 def test_example_is_a_good_resource_file_with_the_defaults() -> None:
@@ -52,26 +63,51 @@ def test_example_names_every_key_and_its_default(tmp_path: Path) -> None:
     }
 
 
-def test_unit_runs_a_command_that_there_is() -> None:
-    unit = configparser.ConfigParser(interpolation=None, strict=False)
-    unit.optionxform = str  # type: ignore[assignment]
-    unit.read(CONTRIB / "systemd" / "tcmu-replication.service")
-    program, command = unit["Service"]["ExecStart"].split()
+def test_every_unit_is_looked_at() -> None:
+    assert UNITS == [WORKER, DAEMON]
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
+def test_unit_runs_a_command_that_there_is(unit: Path) -> None:
+    service = sections(unit)["Service"]
+    program, command, *_ = service["ExecStart"].split()
     assert program == "tcmu-replication"
     assert command in cli.commands
-    assert unit["Service"]["Type"] == "notify"
+    assert service["Type"] == "notify"
 
 
-@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd-analyze here")
-def test_unit_is_understood_by_systemd(tmp_path: Path) -> None:
+def test_units_give_up_a_program_that_is_silent_after_many_of_its_signs_of_life() -> None:
+    assert float(sections(DAEMON)["Service"]["WatchdogSec"]) >= 10 * child.LOOK_S
+    assert float(sections(WORKER)["Service"]["WatchdogSec"]) >= 10 * guardian.TURN_S
+
+
+def test_user_of_the_workers_unit_is_one_that_sysusers_makes() -> None:
+    lines = (CONTRIB / "sysusers.d" / "tcmu-replication.conf").read_text().splitlines()
+    users = [line.split()[1] for line in lines if line.startswith("u ")]
+    assert users == [sections(WORKER)["Service"]["User"]]
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
+@requires("systemd-analyze")
+def test_unit_is_understood_by_systemd(tmp_path: Path, unit: Path) -> None:
     """The program's own path is put in, since systemd looks for it and it may not be installed."""
-    unit = tmp_path / "tcmu-replication.service"
-    text = (CONTRIB / "systemd" / "tcmu-replication.service").read_text()
-    unit.write_text(
-        text.replace("ExecStart=tcmu-replication", f"ExecStart={sys.executable} -m tcmu_replication")
+    program = f"ExecStart={sys.executable} -m tcmu_replication"
+    copy = tmp_path / unit.name
+    copy.write_text(unit.read_text().replace("ExecStart=tcmu-replication", program))
+    done = subprocess.run(["systemd-analyze", "verify", str(copy)], capture_output=True, text=True)
+    assert unit.stem not in done.stderr
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
+@requires("systemd-analyze")
+def test_unit_is_hardened(unit: Path) -> None:
+    """S4: systemd's own measure of what a service could do, at most 4.0 of 10."""
+    done = subprocess.run(
+        ["systemd-analyze", "security", "--offline=yes", "--threshold=40", "--no-pager", str(unit)],
+        capture_output=True,
+        text=True,
     )
-    done = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True)
-    assert unit.name not in done.stderr
+    assert done.returncode == 0, done.stdout
 
 
 def test_completion_offers_commands(tmp_path: Path) -> None:

@@ -1,0 +1,85 @@
+"""contrib's units under a real systemd: a pair in their sandboxes, a user of its own, the daemon's watchdog (S4)."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.lab import load, pair, target
+from tests.lab.host import Host
+from tests.lab.lab import Lab
+from tests.lab.pair import Pair
+from tests.lab.systemd import INSIDE, Systemd
+from tests.support.tools import requires
+
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(1800), requires("systemd-analyze")]
+
+DAEMON = "tcmu-replication.service"
+WORKER = f"tcmu-replication-worker@{pair.NAME}.service"
+USER = "tcmu-replication"
+NBD = f"/run/tcmu-replication/{pair.NAME}.nbd"
+INTERPRETER = "ProtectHome=read-only"
+"""The interpreter of the tests may lie in somebody's home."""
+LOAD_S = 600
+
+
+class ServicePair(Pair):
+    """alpha's LUN is served by the daemon's unit, beta's by the worker's unit, which may not do anything else."""
+
+    def resource_file(self, **extra: str) -> str:
+        return f'{super().resource_file(**extra)}\n[nbd]\nlisten = "unix:{NBD}"\n'
+
+    def configure(self, **extra: str) -> None:
+        """As docs/systemd.md has it."""
+        super().configure(**extra)
+        beta = self.secondary
+        beta.run(f"rmdir {pair.STATE}/{pair.NAME}")  # the unit makes it
+        beta.run("chmod 750 /etc/tcmu-replication && chmod 640 /etc/tcmu-replication/*")
+        beta.run(f"chgrp -R {USER} /etc/tcmu-replication")
+        beta.run(f"chown {USER} {beta.device('data')}")
+
+
+def test_pair_of_services_in_their_sandboxes(hosts: Lab) -> None:
+    alpha, beta = hosts.hosts["alpha"], hosts.hosts["beta"]
+    first = Systemd(alpha, {DAEMON: f"{INTERPRETER}\nWatchdogSec=3"})
+    second = Systemd(beta, {"tcmu-replication-worker@.service": INTERPRETER})
+    services = ServicePair(hosts)
+    services.configure()
+    second.start(WORKER)
+    first.start(DAEMON)
+    alpha.wait_until(f"{INSIDE}journalctl -u {DAEMON} | grep -q '{pair.NAME}: serves'")
+    services.start()
+    with services.backstore(alpha) as backstore, target.Loop(backstore) as lun:
+        running = load.start(alpha, lun.device)
+        load.wait_for_writes(alpha, lun.device)
+        worker = services.status(alpha)["pid"]
+        first.run(f"kill -9 {worker}")
+        running.wait(LOAD_S)
+        assert services.status(alpha)["pid"] != worker
+        daemon_is_watched(first, services)
+    assert "is not made to answer BUSY" not in first.log(DAEMON)
+    services.command(alpha, "checkpoint")
+    written = checksum(alpha, alpha.device("data"))
+    assert checksum(beta, beta.device("data")) == written
+    shown = beta.run(f"nbdcopy 'nbd+unix:///{pair.NAME}?socket={NBD}' - | sha256sum").stdout.split()[0]
+    assert shown == written
+    assert second.run(f"stat -c %U /proc/{second.shows(WORKER, 'MainPID')}").stdout.strip() == USER
+    assert set(beta.run(f"stat -c %U {pair.STATE}/{pair.NAME}/*").stdout.split()) == {USER}
+    # Where the daemon serves all resources a worker's unit is refused.
+    assert first.run(f"systemctl start {WORKER}", check=False).returncode != 0
+    assert services.status(alpha)["error"] is None
+
+
+def daemon_is_watched(systemd: Systemd, services: Pair) -> None:
+    """A daemon that hangs is started again by systemd, and its workers outlive it."""
+    worker = services.status(systemd.host)["pid"]
+    daemon = systemd.shows(DAEMON, "MainPID")
+    systemd.run(f"kill -STOP {daemon}")
+    systemd.host.wait_until(f'[ "$({INSIDE}systemctl show --value -p NRestarts {DAEMON})" = 1 ]')
+    systemd.start(DAEMON)
+    assert systemd.shows(DAEMON, "MainPID") != daemon
+    assert services.status(systemd.host)["pid"] == worker
+
+
+def checksum(host: Host, device: str) -> str:
+    """Of the whole device."""
+    return host.run(f"sha256sum {device}").stdout.split()[0]
