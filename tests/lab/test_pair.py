@@ -9,6 +9,7 @@ import pytest
 from tests.lab import load, pair, target
 from tests.lab.channel import CommandError
 from tests.lab.host import Host
+from tests.lab.initiator import Session
 from tests.lab.lab import Lab
 from tests.lab.network import Network
 from tests.lab.pair import Pair
@@ -17,6 +18,12 @@ pytestmark = [pytest.mark.lab, pytest.mark.timeout(1800)]
 
 LOAD_S = 600
 """How long a load may take on the slowest machine."""
+
+DEATHS = 10
+"""In a row, each soon after the one before: more than the delays between starts know."""
+KILLED = "was killed by SIGKILL"
+"""Of the daemon's log."""
+TARGET = "iqn.2026-01.org.example:disk0"
 
 FILE_SERIAL = "d15c0000-7463-4d75-8000-0000000000f1"
 
@@ -42,6 +49,20 @@ def lun(replicated: Pair) -> Iterator[target.Loop]:
     """The primary's LUN as a disk of its own host."""
     with target.Loop(replicated.backstores[replicated.primary.name]) as loop:
         yield loop
+
+
+@pytest.fixture
+def session(replicated: Pair, client: Host) -> Iterator[Session]:
+    """The primary's LUN as a disk of an initiator on another host, which has seen no error yet."""
+    backstore = replicated.backstores[replicated.primary.name]
+    address = pair.ADDRESSES[replicated.primary.name].partition("/")[0]
+    with target.Export(backstore, TARGET, address), Session(client, TARGET, address) as session:
+        client.run("dmesg --clear")
+        yield session
+
+
+def assert_initiator_saw_no_error(session: Session) -> None:
+    assert "error" not in session.host.run("dmesg").stdout
 
 
 def whole(host: Host, device: str) -> str:
@@ -100,6 +121,37 @@ def test_secondary_worker_killed_under_load_loses_nothing(replicated: Pair, lun:
     killed = kill_worker(replicated, replicated.secondary)
     running.wait(LOAD_S)
     assert replicated.status(replicated.secondary)["pid"] != killed
+    assert_both_luns_are_the_same(replicated)
+
+
+def test_ten_deaths_of_the_primary_worker_are_no_error_at_the_initiator(
+    replicated: Pair, session: Session
+) -> None:
+    """lio-findings 5: the eighth was, for the next start came later than the kernel's time-out."""
+    primary = replicated.primary
+    running = load.start(session.host, session.device, size="64M")
+    said = replicated.daemons[primary.name].stderr.count(KILLED)
+    for _ in range(DEATHS):
+        load.wait_for_writes(session.host, session.device, count=100)
+        primary.run(f"pkill -KILL -f 'serve {pair.NAME}$'")
+    running.wait(LOAD_S)
+    assert replicated.daemons[primary.name].stderr.count(KILLED) - said == DEATHS
+    assert_initiator_saw_no_error(session)
+    assert_both_luns_are_the_same(replicated)
+
+
+def test_stopped_primary_worker_is_replaced_and_no_error_at_the_initiator(
+    replicated: Pair, session: Session
+) -> None:
+    """lio-findings 6: it was left stopped for 48 s, and the initiator got an error after 30 s."""
+    running = load.start(session.host, session.device)
+    load.wait_for_writes(session.host, session.device)
+    stopped = replicated.status(replicated.primary)["pid"]
+    replicated.primary.run(f"kill -STOP {stopped}")
+    running.wait(LOAD_S)
+    assert replicated.status(replicated.primary)["pid"] != stopped
+    assert "it hung: no sign of life" in replicated.daemons[replicated.primary.name].stderr
+    assert_initiator_saw_no_error(session)
     assert_both_luns_are_the_same(replicated)
 
 
