@@ -50,8 +50,7 @@ class Systemd:
 
     def _open_the_way_to_the_interpreter(self) -> None:
         """That of the tests may lie in somebody's home, where the units' users may not look."""
-        for folder in pathlib.Path(sys.executable).resolve().parents:
-            self.host.run(["chmod", "o+x", str(folder)])
+        self.host.run(["chmod", "o+x", *map(str, pathlib.Path(sys.executable).resolve().parents)])
 
     def run(self, command: str, *, check: bool = True) -> Command:
         """Runs a simple command where systemd is; raises as `Host.run` does."""

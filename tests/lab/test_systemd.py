@@ -42,6 +42,7 @@ def test_pair_of_services_in_their_sandboxes(hosts: Lab) -> None:
     alpha, beta = hosts.hosts["alpha"], hosts.hosts["beta"]
     first = Systemd(alpha, {DAEMON: f"{INTERPRETER}\nWatchdogSec=3"})
     second = Systemd(beta, {"tcmu-replication-worker@.service": INTERPRETER})
+    second.run("udevadm settle", check=False)  # it would set the owner of the disk again
     services = ServicePair(hosts)
     services.configure()
     second.start(WORKER)

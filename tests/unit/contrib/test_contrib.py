@@ -81,6 +81,13 @@ def test_units_give_up_a_program_that_is_silent_after_many_of_its_signs_of_life(
     assert float(sections(WORKER)["Service"]["WatchdogSec"]) >= 10 * guardian.TURN_S
 
 
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
+def test_unit_is_never_given_up(unit: Path) -> None:
+    """systemd's own limit, five starts within ten seconds, would leave a LUN without its worker for good."""
+    assert sections(unit)["Unit"]["StartLimitIntervalSec"] == "0"
+    assert "RestartPreventExitStatus" not in sections(unit)["Service"]
+
+
 def test_user_of_the_workers_unit_is_one_that_sysusers_makes() -> None:
     lines = (CONTRIB / "sysusers.d" / "tcmu-replication.conf").read_text().splitlines()
     users = [line.split()[1] for line in lines if line.startswith("u ")]
