@@ -21,8 +21,9 @@ mkdir -p /etc/udev/rules.d /usr/local/sbin
 cp -r {CONTRIB}/systemd/. /etc/systemd/system/
 cp -r {CONTRIB}/sysusers.d /etc/
 ln -sf "$(command -v tcmu-replication)" /usr/local/sbin/
+ln -s /dev/null /etc/systemd/system/systemd-udev-trigger.service
 """
-"""Nothing is to be seen of the machine's own services."""
+"""Nothing is to be seen of the machine's own services; devices that are there already are left as they are."""
 
 START = """
 exec nsenter --target 1 --mount unshare --mount --pid --fork --kill-child sh -ec '
@@ -36,7 +37,10 @@ exec nsenter --target 1 --mount unshare --mount --pid --fork --kill-child sh -ec
 
 
 class Systemd:
-    """systemd on `host`, with contrib's units, and `drop_ins` for them: the lines of [Service] by unit."""
+    """systemd on `host`, with contrib's units, and `drop_ins` for them: the lines of [Service] by unit.
+
+    The constructor starts it and returns at once; `await_boot` follows.
+    """
 
     def __init__(self, host: Host, drop_ins: dict[str, str]):
         self.host = host
@@ -46,7 +50,10 @@ class Systemd:
         self._open_the_way_to_the_interpreter()
         host.run("systemd-sysusers /etc/sysusers.d/*.conf")
         host.spawn(["sh", "-c", START])
-        host.wait_until(f"{INSIDE} systemctl --quiet is-active basic.target 2>/dev/null")
+
+    def await_boot(self) -> None:
+        """Returns when units can be started."""
+        self.host.wait_until(f"{INSIDE} systemctl --quiet is-active basic.target 2>/dev/null")
 
     def _open_the_way_to_the_interpreter(self) -> None:
         """That of the tests may lie in somebody's home, where the units' users may not look."""

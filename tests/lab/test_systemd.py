@@ -42,7 +42,8 @@ def test_pair_of_services_in_their_sandboxes(hosts: Lab) -> None:
     alpha, beta = hosts.hosts["alpha"], hosts.hosts["beta"]
     first = Systemd(alpha, {DAEMON: f"{INTERPRETER}\nWatchdogSec=3"})
     second = Systemd(beta, {"tcmu-replication-worker@.service": INTERPRETER})
-    second.run("udevadm settle", check=False)  # it would set the owner of the disk again
+    for systemd in (first, second):
+        systemd.await_boot()
     services = ServicePair(hosts)
     services.configure()
     second.start(WORKER)
