@@ -97,10 +97,10 @@ def _advice(run: Path, name: str, kind: Kind) -> str:
     known = workers(run)
     row = known.get(name, {})
     if kind is Kind.TIMED_OUT and not row.get("down-since"):
-        return f". The worker hangs; its log: `journalctl -u tcmu-replication --grep {name}`"
+        return f". The worker hangs; its log: `journalctl -u 'tcmu-replication*' --grep {name}`"
     if row:
         since = f" since {row['down-since']}" if row.get("down-since") else ""
         return f". The daemon says: {row['state']}{since}" + (f", {row['error']}" if row.get("error") else "")
     if known:
         return ". The daemon runs but has no such resource: see `tcmu-replication check`"
-    return ". Is the daemon running? See `systemctl status tcmu-replication`"
+    return ". Is the daemon running? See `systemctl status 'tcmu-replication*'`"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import pytest
 
 from tests.lab import load, pair, target
@@ -17,6 +20,7 @@ DAEMON = "tcmu-replication.service"
 WORKER = f"tcmu-replication-worker@{pair.NAME}.service"
 USER = "tcmu-replication"
 NBD = f"/run/tcmu-replication/{pair.NAME}.nbd"
+LUN = f"nbd+unix:///{pair.NAME}?socket={NBD}"
 INTERPRETER = "ProtectHome=read-only"
 """The interpreter of the tests may lie in somebody's home."""
 LOAD_S = 600
@@ -51,24 +55,39 @@ def test_pair_of_services_in_their_sandboxes(hosts: Lab) -> None:
     alpha.wait_until(f"{INSIDE}journalctl -u {DAEMON} | grep -q '{pair.NAME}: serves'")
     services.start()
     with services.backstore(alpha) as backstore, target.Loop(backstore) as lun:
-        running = load.start(alpha, lun.device)
-        load.wait_for_writes(alpha, lun.device)
-        worker = services.status(alpha)["pid"]
-        first.run(f"kill -9 {worker}")
-        running.wait(LOAD_S)
-        assert services.status(alpha)["pid"] != worker
+        for systemd in (first, second):
+            with loaded(lun):
+                worker_is_killed(systemd, services)
         daemon_is_watched(first, services)
     assert "is not made to answer BUSY" not in first.log(DAEMON)
     services.command(alpha, "checkpoint")
+    assert services.status(alpha)["error"] is None
     written = checksum(alpha, alpha.device("data"))
     assert checksum(beta, beta.device("data")) == written
-    shown = beta.run(f"nbdcopy 'nbd+unix:///{pair.NAME}?socket={NBD}' - | sha256sum").stdout.split()[0]
-    assert shown == written
+    assert beta.run(f"nbdcopy '{LUN}' - | sha256sum").stdout.split()[0] == written
     assert second.run(f"stat -c %U /proc/{second.shows(WORKER, 'MainPID')}").stdout.strip() == USER
     assert set(beta.run(f"stat -c %U {pair.STATE}/{pair.NAME}/*").stdout.split()) == {USER}
+    beta.run(f"qemu-io -f raw -c 'write -P 7 1M 1M' '{LUN}'")
+    services.command(beta, "failover", "--to", "checkpoint", "--fenced", "--wait")
+    own = beta.run(f"qemu-io -r -U -f raw -c 'read -P 7 1M 1M' {beta.device('data')}").stdout
+    assert "read 1048576/1048576" in own
+    assert "failed" not in own
     # Where the daemon serves all resources a worker's unit is refused.
     assert first.run(f"systemctl start {WORKER}", check=False).returncode != 0
-    assert services.status(alpha)["error"] is None
+
+
+@contextlib.contextmanager
+def loaded(lun: target.Loop) -> Iterator[None]:
+    """While a load is in full swing; it ends without an error."""
+    running = load.start(lun.host, lun.device)
+    load.wait_for_writes(lun.host, lun.device)
+    yield
+    running.wait(LOAD_S)
+
+
+def worker_is_killed(systemd: Systemd, services: Pair) -> None:
+    """By its number where systemd is."""
+    systemd.run(f"kill -9 {services.status(systemd.host)['pid']}")
 
 
 def daemon_is_watched(systemd: Systemd, services: Pair) -> None:
