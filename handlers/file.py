@@ -49,7 +49,8 @@ class FileHandler(Handler):
         try:
             mode = os.stat(config).st_mode
         except OSError as error:
-            raise from_os(error, f"file/{config}") from error
+            found = from_os(error, f"file/{config}: found")
+            raise Error(found.kind, f"{found}; expected an image file or a block device") from error
         if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
             raise Error(Kind.BAD_CONFIG, f"file/{config}: neither a regular file nor a block device")
         ownership.check(config, ownership.DEVICE if stat.S_ISBLK(mode) else ownership.FILE)

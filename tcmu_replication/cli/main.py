@@ -116,19 +116,44 @@ def status(context: Context, name: str | None, as_json: bool, watch: bool) -> No
     Protected or not comes first: whether every write is on both hosts before
     it is acknowledged; since when not, and what to do. With NAME also stage,
     epoch, link, what is dirty, jobs with progress. --watch --json prints a
-    document a line. A resource whose worker does not answer is "down".
+    document a line. A resource whose worker does not answer is "down". LUNs that
+    the kernel has and nobody serves come first, with the reason.
 
     \b
     Exit status:
-      0  every resource that is shown is protected
-      4  a worker does not answer (down)
+      0  every resource that is shown is protected, and every LUN is served
+      4  a worker does not answer (down), or nobody serves a LUN
       5  this user may not ask
       8  all answered, and one is not protected
     """
     from tcmu_replication.cli import status as view
 
-    names = [name] if name else [*names_of(context), *view.devices(context.run_directory)]
+    names = [name] if name else [*names_of(context), *view.device_workers(context.run_directory)]
     view.run(context.run_directory, names, detailed=bool(name), as_json=as_json, watch=watch)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for machines: a list, one of each LUN.")
+@pass_context
+def devices(context: Context, as_json: bool) -> None:
+    """Show the kernel's LUNs, and who serves each.
+
+    Those of every handler in user space: with the worker and its process, or
+    with the reason why nobody serves it, since when, and what to do. What goes
+    away by itself, or is mended, heals without a restart of the daemon.
+
+    A LUN of a handler that this host has not is another program's, or has a
+    slip of the pen in its configuration: nobody can tell, and it counts as good.
+
+    \b
+    Exit status:
+      0  every LUN of our handlers is served, or is being taken up
+      4  one is not served, or the daemon does not answer
+      5  this user may not ask
+    """
+    from tcmu_replication.cli import devices as view
+
+    view.run(context.run_directory, as_json=as_json)
 
 
 @cli.command()

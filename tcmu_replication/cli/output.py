@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 HEADERS = ("resource", "role", "protected", "since", "link", "out of sync")
-WRAPPED = ("resource", "role")
+LUN_HEADERS = ("device", "backstore", "config", "served", "since", "worker")
+WRAPPED = ("resource", "role", "backstore", "config", "worker")
 PROTECTED, UNPROTECTED, UNKNOWN = "yes", "NO", "-"
 GOOD, BAD, BUSY = "green", "red", "yellow"
 COLOURS = {
@@ -23,6 +24,8 @@ COLOURS = {
     "connecting": BUSY,
     "waiting": BUSY,
     "lost": BAD,
+    "not served": BAD,
+    "starting": BUSY,
 }
 WIDTH = 80
 BAR = 20
@@ -83,23 +86,33 @@ def table(documents: Sequence[dict[str, Any]]) -> str:
 
     Below the table is what is wrong with each that is not protected, and what to do.
     """
-    whole = _table(documents)
+    return _with_trouble(_table(rows(documents), HEADERS), documents)
+
+
+def luns(documents: Sequence[dict[str, Any]]) -> str:
+    """LUNs (schema.DeviceInfo) in the same way; below the table is why those are not served that are not."""
+    return _with_trouble(_table([_lun_row(lun) for lun in documents], LUN_HEADERS), documents)
+
+
+def _with_trouble(whole: str, documents: Sequence[dict[str, Any]]) -> str:
     trouble = [words for document in documents if (words := _trouble(document))]
     return "\n\n".join([whole, *trouble])
 
 
-def _table(documents: Sequence[dict[str, Any]]) -> str:
+def _table(lines: Sequence[Row], headers: Row) -> str:
     if not sys.stdout.isatty():
-        return plain(rows(documents))
+        return plain(lines, headers)
     from rich.console import Console
 
     console = Console()
     with console.capture() as captured:
-        console.print(rich_table(rows(documents)))
+        console.print(rich_table(lines, headers))
     return captured.get().strip("\n")
 
 
 def _trouble(document: dict[str, Any]) -> str:
+    if "backstore" in document:
+        return _unserved(document)
     if "subtype" in document:
         return folded(f"{document['device']}: {document['hangs']}", "") if document.get("hangs") else ""
     if document["stage"] == "down":
@@ -108,6 +121,16 @@ def _trouble(document: dict[str, Any]) -> str:
     protection = document["protection"]
     told = [] if protection["protected"] else [verdict(document["resource"], protection)]
     return "\n".join([*told, *hangs])
+
+
+def _unserved(lun: dict[str, Any]) -> str:
+    """Why a LUN is not served, since when, and what to do; nothing of one that is."""
+    if lun["state"] == "served":
+        return ""
+    ours = lun["state"] == "unserved"
+    state = f"NOT SERVED since {_short(lun['since'])}" if ours else "not served"
+    first = folded(f"{lun['device']} ({lun['backstore']}, {lun['config']}): {state}: {lun['reason']}", "")
+    return "\n".join([_red(first) if ours else first, folded(f"what to do: {lun['advice']}", "  ")])
 
 
 def verdict(name: str, protection: dict[str, Any]) -> str:
@@ -143,7 +166,7 @@ def _short(time: str | None) -> str:
 
 def detail(document: dict[str, Any]) -> str:
     """Everything about one resource: protected or not first, then the facts, a line each."""
-    if document.get("stage") == "down":
+    if document.get("stage") == "down" or "backstore" in document:
         return _trouble(document)
     if "subtype" in document:
         facts = {"handler": document["subtype"], "config": document["config"]}
@@ -215,7 +238,23 @@ def _lines(title: str, document: dict[str, Any], facts: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
+def _lun_row(lun: dict[str, Any]) -> Row:
+    served = {"served": PROTECTED, "unserved": UNPROTECTED, "foreign": UNKNOWN}
+    pid = f" ({lun['pid']})" if lun["pid"] is not None else ""
+    return (
+        lun["device"],
+        lun["backstore"],
+        lun["config"],
+        served.get(lun["state"], lun["state"]),
+        _short(lun["since"]).removesuffix(" UTC"),
+        f"{lun['worker']}{pid}" if lun["worker"] is not None else "-",
+    )
+
+
 def _row(document: dict[str, Any]) -> Row:
+    if "backstore" in document:
+        since = _short(document["since"]).removesuffix(" UTC")
+        return (f"{document['device']} {document['config']}", "LUN", UNPROTECTED, since, "not served", "-")
     if "subtype" in document:
         return (f"{document['device']} {document['config']}", document["subtype"], UNKNOWN, *("-",) * 3)
     if document["stage"] == "down":

@@ -307,6 +307,25 @@ class WorkerInfo(Document, frozen=True, kw_only=True):
     down_since: str | None = None
 
 
+class DeviceInfo(Document, frozen=True, kw_only=True):
+    """A LUN that the kernel has for a handler in user space, as the manager sees it.
+
+    `config` is its backstore's SUBTYPE/CONFIG. It is `served` by `worker`, in process `pid`, or not,
+    since `since`: then `reason` says what was found and expected, and `advice` what to do. `starting`:
+    it is being taken up; `foreign`: no handler of this host serves it, another program may.
+    """
+
+    device: str
+    backstore: str
+    config: str
+    state: Literal["served", "starting", "unserved", "foreign"]
+    since: str
+    worker: str | None = None
+    pid: Count | None = None
+    reason: str | None = None
+    advice: str | None = None
+
+
 COMMANDS = table(
     Command("query-status", Nothing, Status, OPERATOR, "Everything about the resource.", oob=True),
     Command("init", Nothing, None, OPERATOR, "Make the overlay directory this resource's."),
@@ -337,6 +356,13 @@ DEVICE_COMMANDS = table(
 
 MANAGER_COMMANDS = table(
     Command("query-workers", Nothing, list[WorkerInfo], OPERATOR, "The workers and what became of them."),
+    Command(
+        "query-devices",
+        Nothing,
+        list[DeviceInfo],
+        OPERATOR,
+        "The kernel's LUNs, who serves them, or why nobody.",
+    ),
 )
 
 

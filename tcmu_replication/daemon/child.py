@@ -47,8 +47,9 @@ class Child:
 
     `ready` is called each time it says that it serves, `listen` before its end
     is judged: it hands over what it had said (`said`), its last words above all.
-    `down` is called when it serves no more: it has the kernel answer for the
-    worker's devices, and says whether there are any.
+    `ended` is called when its process has ended, however that was. `down` is
+    called when it serves no more against its will: it has the kernel answer for
+    the worker's devices, and says whether there are any.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Child:
         restarts: Restarts,
         ready: Callable[[Child], None],
         listen: Callable[[], None],
+        ended: Callable[[Child], None],
         down: Callable[[Child], bool],
         look_s: float = LOOK_S,
     ) -> None:
@@ -74,6 +76,7 @@ class Child:
         self._socket = socket
         self._ready = ready
         self._listen = listen
+        self._tell_end = ended
         self._down = down
         self._look_s = look_s
         self._silent: int | None = None  # looks since its last word; None before its first
@@ -206,6 +209,7 @@ class Child:
         pid, self.pid = self.pid, None
         status = process.wait() if process is not None else None
         self._gone.set()
+        self._tell_end(self)
         if self.state == "stopping":
             return
         if status == 0:

@@ -2,11 +2,12 @@
 
 It serves no I/O. If it dies the LUNs go on, and the next one takes their
 workers over. What it knows of them it answers on its own control socket
-(query-workers); commands for a resource go straight to its worker.
+(query-workers, query-devices); commands for a resource go straight to its worker.
 
 UIO devices come and go: those of the subtype `replication` are told to the
 worker of their resource (attach-device, detach-device), every other that has a
-handler gets a worker of its own, named after the device.
+handler gets a worker of its own, named after the device. One that cannot be
+served is known with the reason, and tried again until it can.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Protocol
 
@@ -24,9 +26,10 @@ from tcmu_replication.control import lock, schema
 from tcmu_replication.control.connection import Connection
 from tcmu_replication.control.server import Server
 from tcmu_replication.control.session import Session
-from tcmu_replication.daemon import config, handler, places, program
+from tcmu_replication.daemon import config, handler, luns, places, program
 from tcmu_replication.daemon.child import LOOK_S, Child
 from tcmu_replication.daemon.config import Resource
+from tcmu_replication.daemon.luns import REPLICATION, Lun, Why
 from tcmu_replication.daemon.notices import Notices
 from tcmu_replication.daemon.places import Context
 from tcmu_replication.daemon.restarts import Restarts
@@ -37,10 +40,12 @@ from tcmu_replication.tcmu import configfs, uio
 
 log = logging.getLogger(__name__)
 
-REPLICATION = "replication"
-TELL_DELAYS_S = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+TELL_DELAYS_S = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 """A new device is announced before the kernel has finished it: the worker is told again until it can take it."""
 TELL_S = 30.0
+FIND_S = 5.0
+"""How often the resource file is looked for that a device waits for. It counts when it is the same at two looks, for
+the first may find half a file."""
 
 
 class DeviceEvents(Protocol):
@@ -85,6 +90,7 @@ class Manager:
         delays_s: tuple[float, ...] | None = None,
         look_s: float = LOOK_S,
         core: Path = configfs.CORE,
+        find_s: float = FIND_S,
     ) -> None:
         self._context = context
         self._command = [
@@ -101,13 +107,17 @@ class Manager:
         self._children: dict[str, Child] = {}
         self._resources: dict[str, Resource] = {}
         self._wrong: dict[str, Error] = {}
-        self._devices: dict[str, uio.Identity] = {}
+        self._luns: dict[str, Lun] = {}
+        self._find_s = find_s
+        self._finding: asyncio.TimerHandle | None = None
+        self._half_found: dict[str, Resource] = {}
         self._telling: dict[str, asyncio.Task[None]] = {}
         self._ending: set[asyncio.Task[None]] = set()
         self._subtypes: set[str] = set()
         self._notices: Notices | None = None
         self._living: asyncio.TimerHandle | None = None
-        self._server = Server({"query-workers": self._query_workers}, schema.MANAGER_COMMANDS)
+        commands = {"query-workers": self._query_workers, "query-devices": self._query_devices}
+        self._server = Server(commands, schema.MANAGER_COMMANDS)
 
     async def open(self) -> None:
         """Listen, and start a worker for everything that is there. Raises CONFLICT if a manager runs already."""
@@ -120,10 +130,11 @@ class Manager:
         loop = asyncio.get_running_loop()
         loop.add_reader(self._notices.fileno(), self._listen)
         loop.add_reader(self._monitor.fileno(), self._device_events)
-        self._subtypes = handler.subtypes() - {REPLICATION}
+        self._subtypes = handler.subtypes()
         self.reload()
         for identity in uio.devices():
             self._add_device(identity)
+        self._finding = loop.call_later(self._find_s, self._find)
         log.info("process %d: %d workers", os.getpid(), len(self._children))
         self._lives()
 
@@ -131,8 +142,11 @@ class Manager:
         """End the workers in order, the youngest first, and then be nobody. Twice is fine."""
         loop = asyncio.get_running_loop()
         loop.remove_reader(self._monitor.fileno())
+        if self._finding is not None:
+            self._finding.cancel()
         for task in self._telling.values():
             task.cancel()
+        self._resources = {}
         children = list(reversed(self._children.values()))
         for child in children:
             child.terminate()
@@ -170,11 +184,38 @@ class Manager:
         for name, resource in mine.items():
             if name in before and before[name] != resource:
                 log.info("%s: its resource file has changed", name)
-                self._end(name, then_start=True)
+                self._end(name)
             elif name not in self._children:
                 self._begin(name, [name])
             else:
                 self._children[name].start()
+        for lun in self._luns.values():
+            if lun.worker in self._children and lun.identity.subtype != REPLICATION:
+                self._children[lun.worker].start()
+
+    def _find(self) -> None:
+        """Look for the resources that devices wait for: has the file of one come, or been mended?"""
+        self._finding = asyncio.get_running_loop().call_later(self._find_s, self._find)
+        before, self._half_found = self._half_found, {}
+        replicated = [lun for lun in self._luns.values() if lun.identity.subtype == REPLICATION]
+        for name in {lun.identity.config for lun in replicated} - self._children.keys():
+            try:
+                resource = self._resource(name)
+            except Error:
+                continue
+            if before.get(name) == resource:
+                log.info("%s: its resource file is there now", name)
+                self._resources[name] = resource
+                self._wrong.pop(name, None)
+                self._begin(name, [name])
+            else:
+                self._half_found[name] = resource
+
+    def _resource(self, name: str) -> Resource:
+        """What the file of resource `name` says now. Raises `Error` if there is none, or none for this host."""
+        resource = config.find(name, self._context.config_directory)
+        resource.host(self._context.host)
+        return resource
 
     def _begin(self, name: str, arguments: Iterable[str]) -> None:
         assert self._notices is not None
@@ -187,13 +228,14 @@ class Manager:
             restarts,
             self._is_ready,
             self._listen,
+            self._has_ended,
             self._is_down,
             self._look_s,
         )
         self._children[name].start()
 
-    def _end(self, name: str, *, then_start: bool = False) -> None:
-        """Stop a worker behind; with `then_start` begin it anew."""
+    def _end(self, name: str) -> None:
+        """Stop a worker behind; that of a resource that there still is begins anew."""
         child = self._children[name]
 
         async def stop() -> None:
@@ -201,7 +243,7 @@ class Manager:
             if self._children.get(name) is not child:
                 return
             del self._children[name]
-            if then_start:
+            if name in self._resources:
                 self._begin(name, [name])
 
         task = asyncio.get_running_loop().create_task(stop())
@@ -217,16 +259,20 @@ class Manager:
 
     def _is_ready(self, child: Child) -> None:
         log.info("%s: serves", child.name)
-        for identity in self._devices_of(child):
-            if identity.subtype == REPLICATION:
-                self._tell(identity, "attach-device")
+        for lun in self._luns_of(child):
+            lun.begins()
+            if lun.identity.subtype == REPLICATION:
+                self._tell(lun.identity.uio, self._keep_attaching(lun))
+            else:  # it says so when it has its device
+                lun.taken()
 
-    def _devices_of(self, child: Child) -> list[uio.Identity]:
-        return [
-            identity
-            for identity in self._devices.values()
-            if child.name == (identity.config if identity.subtype == REPLICATION else identity.uio)
-        ]
+    def _luns_of(self, child: Child) -> list[Lun]:
+        return [lun for lun in self._luns.values() if lun.worker == child.name]
+
+    def _has_ended(self, child: Child) -> None:
+        for lun in self._luns_of(child):
+            self._hush(lun.identity.uio)
+            lun.lost()
 
     def _is_down(self, child: Child) -> bool:
         """Nobody is at the rings of its devices: the kernel answers BUSY, and initiators try again.
@@ -234,15 +280,17 @@ class Manager:
         Commands left in a ring would be I/O errors after the kernel's own time-out. The
         next worker, taking a device up, undoes it.
         """
-        devices = self._devices_of(child)
-        for identity in devices:
+        self._has_ended(child)  # if SIGKILL does not end it, it is as good as gone
+        found = self._luns_of(child)
+        for lun in found:
+            identity = lun.identity
             store = configfs.Backstore(identity.hba, identity.name, self._core)
             try:
                 store.block()
                 store.reset_ring()
             except Error as error:  # it is being removed, or not enabled yet
                 log.warning("%s: %s is not made to answer BUSY: %s", child.name, identity.uio, error)
-        return bool(devices)
+        return bool(found)
 
     # Devices
 
@@ -254,53 +302,94 @@ class Manager:
                 self._add_device(identity)
 
     def _add_device(self, identity: uio.Identity) -> None:
-        if identity.uio in self._devices:
+        if identity.uio in self._luns:
             return
-        if identity.subtype == REPLICATION:
-            self._devices[identity.uio] = identity
-            child = self._children.get(identity.config)
-            if child is None:
-                log.error("%s: %s is no resource of this host", identity.uio, identity.config)
-            elif child.state == "running":
-                self._tell(identity, "attach-device")
-        elif identity.subtype in self._subtypes:
-            self._devices[identity.uio] = identity
+        lun = self._luns[identity.uio] = Lun(identity, foreign=identity.subtype not in self._subtypes)
+        child = self._children.get(identity.config)
+        if not lun.foreign and identity.subtype != REPLICATION:
             self._begin(identity.uio, ["--device", identity.uio])
+        elif lun.foreign or child is None:
+            level = logging.INFO if lun.foreign else logging.ERROR
+            log.log(level, "%s is not served: %s", identity.uio, self._without_worker(lun).reason)
+        elif child.state == "running":
+            self._tell(identity.uio, self._keep_attaching(lun))
 
     def _remove_device(self, device: str) -> None:
-        identity = self._devices.pop(device, None)
-        if identity is None:
+        lun = self._luns.pop(device, None)
+        if lun is None or lun.worker is None:
             return
-        if identity.subtype == REPLICATION:
-            self._tell(identity, "detach-device")
-        elif device in self._children:
+        self._hush(device)
+        child = self._children.get(lun.worker)
+        if child is None:
+            return
+        if lun.identity.subtype != REPLICATION:
             self._end(device)
+        elif child.state == "running":
+            self._tell(device, self._detach(lun))
 
-    def _tell(self, identity: uio.Identity, command: str) -> None:
+    def _tell(self, device: str, telling: Coroutine[None, None, None]) -> None:
         """Tell a resource's worker about a device, behind; the latest word counts."""
-        if identity.uio in self._telling:
-            self._telling[identity.uio].cancel()
-        task = asyncio.get_running_loop().create_task(self._keep_telling(identity, command))
-        self._telling[identity.uio] = task
+        self._hush(device)
+        task = asyncio.get_running_loop().create_task(telling)
+        self._telling[device] = task
         task.add_done_callback(
-            lambda done: self._telling.pop(identity.uio) if self._telling.get(identity.uio) is done else None
+            lambda done: self._telling.pop(device) if self._telling.get(device) is done else None
         )
 
-    async def _keep_telling(self, identity: uio.Identity, command: str) -> None:
-        path = places.socket_path(self._context.run_directory, identity.config)
-        for delay_s in (*TELL_DELAYS_S, None):
+    def _hush(self, device: str) -> None:
+        if device in self._telling:
+            self._telling.pop(device).cancel()
+
+    async def _keep_attaching(self, lun: Lun) -> None:
+        """Again and again, until the worker has it: what is in the way can go away."""
+        for delay_s in chain(TELL_DELAYS_S, repeat(TELL_DELAYS_S[-1])):
             try:
-                connection = await Connection.unix(path, timeout=TELL_S)
-                try:
-                    await connection.execute(command, {"device": identity.uio}, timeout=TELL_S)
-                finally:
-                    connection.close()
-                return
+                await self._order(lun, "attach-device")
             except Error as error:
-                if delay_s is None or command == "detach-device":
-                    log.error("%s: %s %s: %s", identity.config, command, identity.uio, error)
-                    return
+                lun.refused(error)
+            else:
+                lun.taken()
+                return
             await asyncio.sleep(delay_s)
+
+    async def _detach(self, lun: Lun) -> None:
+        try:
+            await self._order(lun, "detach-device")
+        except Error as error:
+            log.error("%s: detach-device %s: %s", lun.worker, lun.identity.uio, error)
+
+    async def _order(self, lun: Lun, command: str) -> None:
+        path = places.socket_path(self._context.run_directory, lun.identity.config)
+        connection = await Connection.unix(path, timeout=TELL_S)
+        try:
+            await connection.execute(command, {"device": lun.identity.uio}, timeout=TELL_S)
+        finally:
+            connection.close()
+
+    def _why(self, lun: Lun, child: Child | None) -> Why | None:
+        """What keeps a LUN from being served, if that is known."""
+        if child is None:
+            return self._without_worker(lun)
+        return lun.why(TELL_DELAYS_S[-1]) or luns.without_service(child)
+
+    def _without_worker(self, lun: Lun) -> Why:
+        if lun.foreign:
+            return luns.of_another(lun.identity, self._subtypes)
+        within_s = 2 * self._find_s
+        try:
+            resource = self._resource(lun.identity.config)
+        except Error as error:
+            return luns.without_resource(error, self._resources.keys(), within_s)
+        return luns.with_unread_file(resource.path, within_s)
+
+    # Commands
+
+    async def _query_devices(self, arguments: schema.Nothing, session: Session) -> list[schema.DeviceInfo]:
+        rows = []
+        for lun in sorted(self._luns.values(), key=lambda lun: int(lun.identity.uio.removeprefix("uio"))):
+            child = None if lun.worker is None else self._children.get(lun.worker)
+            rows.append(lun.info(child, self._why(lun, child)))
+        return rows
 
     async def _query_workers(self, arguments: schema.Nothing, session: Session) -> list[schema.WorkerInfo]:
         rows = {name: child.info() for name, child in self._children.items()}

@@ -99,6 +99,7 @@ class Worker:
         self._control: Server | None = None
         self._guardian: Guardian | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._attaching = asyncio.Lock()
 
     async def run(self) -> None:
         """Open, serve, and close in order. Raises `Error` if it cannot be opened or has to give up."""
@@ -201,9 +202,15 @@ class Worker:
         task.add_done_callback(self._tasks.discard)
 
     async def attach(self, device: str) -> None:
-        """Serve the LUN on `device` too. Raises `Error`: NOT_FOUND, BAD_CONFIG (size), CONFLICT."""
-        if device in self.frontends:
-            return
+        """Serve the LUN on `device` too. Raises `Error`: NOT_FOUND, BAD_CONFIG (size), CONFLICT.
+
+        One at a time: who asks for a device that is being taken up is answered when it is served.
+        """
+        async with self._attaching:
+            if device not in self.frontends:
+                await self._attach(device)
+
+    async def _attach(self, device: str) -> None:
         assert self.backstore is not None
         _be_an_io_flusher()
         identity = uio.identify(device)
@@ -228,13 +235,14 @@ class Worker:
         try:
             await frontend.start()
         except Error:
-            del self.frontends[device]
+            self.frontends.pop(device, None)  # its removal may have been told meanwhile
             await frontend.stop()
             raise
         log.info("%s: serving %s (%s)", self.name, device, identity.name)
 
     def _unit(self, store: configfs.Backstore, backstore: Backstore, device: str) -> LogicalUnit:
-        check_store(store, backstore, f"{device}: the backstore {store.path.name}", self.name)
+        name = self.name if self._device is None else f"{self.subtype}/{self.config}"
+        check_store(store, backstore, f"{device}: the backstore {store.path.name}", name)
         length = backstore.top.length
         known = ScsiIdentity(
             VENDOR, store.path.name, tcmu_replication.__version__[:4], backstore.serial or ""

@@ -51,7 +51,7 @@ def parse(uio: str, text: str) -> Identity | None:
 def identify(uio: str, sysfs: Path = SYSFS) -> Identity | None:
     """The identity of `uio` ("uio0"), or None if it is not TCMU's or has gone."""
     try:
-        return parse(uio, (sysfs / "class/uio" / uio / "name").read_text())
+        return parse(uio, (sysfs / "class/uio" / uio / "name").read_text(errors="replace"))
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENODEV):
             return None

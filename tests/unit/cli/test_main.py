@@ -30,7 +30,18 @@ from tests.support.tools import PATIENCE_S
 from tests.unit.control.documents import status
 from tests.unit.daemon.test_config import GOOD
 
-COMMANDS = ["daemon", "serve", "status", "start", "checkpoint", "failover", "stop", "errors", "check"]
+COMMANDS = [
+    "daemon",
+    "serve",
+    "status",
+    "devices",
+    "start",
+    "checkpoint",
+    "failover",
+    "stop",
+    "errors",
+    "check",
+]
 
 
 class Workers:
@@ -50,7 +61,8 @@ class Workers:
         def handler(command: str, body: Any) -> Callable[..., Any]:
             async def answer(arguments: Any, session: object) -> Any:
                 self.calls.append((command, arguments))
-                result = body.pop(0) if isinstance(body, list) and command != "query-workers" else body
+                one_by_one = isinstance(body, list) and command not in schema.MANAGER_COMMANDS
+                result = body.pop(0) if one_by_one else body
                 if isinstance(result, Error):
                     raise result
                 return result
@@ -428,6 +440,149 @@ def test_status_shows_luns_of_other_handlers(workers: Workers) -> None:
     workers.serve("uio3", schema.DEVICE_COMMANDS, query_status=lun)
     assert command("status").stdout.splitlines()[3].split()[:3] == ["uio3", "/srv/image", "file"]
     assert "handler      file" in command("status", "uio3").stdout
+
+
+def lun(device: str, config: str, state: str = "unserved", **changes: Any) -> schema.DeviceInfo:
+    """A LUN as the daemon sees it."""
+    row = {"device": device, "backstore": f"store-{device}", "config": config, "state": state}
+    row |= {"since": "2026-01-02T03:04:05+00:00"}
+    if state != "served":
+        row |= {"reason": f"found {config}; expected a good one", "advice": "mend it"}
+    return schema.DeviceInfo(**row | changes)  # type: ignore[arg-type]
+
+
+SERVED = lun("uio0", "replication/disk0", "served", worker="disk0", pid=42)
+WRONG_SIZE = lun("uio1", "replication/disk0", worker="disk0", pid=42)
+NOBODY = lun("uio2", "replication/nope")
+FOREIGN = lun("uio3", "qcow//srv/vm", "foreign")
+COMING = lun("uio4", "file//srv/image", "starting", worker="uio4", pid=43)
+
+
+def devices(workers: Workers, *rows: schema.DeviceInfo | Error) -> None:
+    """What the daemon answers."""
+    body = rows[0] if rows and isinstance(rows[0], Error) else list(rows)
+    workers.serve("_manager", schema.MANAGER_COMMANDS, query_devices=body, query_workers=[])
+
+
+def both_protected(workers: Workers) -> None:
+    for name in ("disk0", "disk1"):
+        workers.serve(name, query_status=status(resource=name))
+
+
+def test_status_shows_first_the_luns_that_nobody_serves_and_is_4(workers: Workers) -> None:
+    """lio-findings 7: `status` never showed such a device."""
+    both_protected(workers)
+    devices(workers, SERVED, WRONG_SIZE, NOBODY, FOREIGN, COMING)
+    result = command("status")
+    assert result.exit_code == exits.ABSENT
+    table, *paragraphs = result.stdout.rstrip("\n").split("\n\n")
+    lines = table.splitlines()
+    assert lines[1].split()[:4] == ["uio1", "replication/disk0", "LUN", "NO"]
+    assert "not served" in lines[1]
+    assert lines[2].startswith("uio2 replication/nope")
+    assert [line.split()[0] for line in lines[3:]] == ["disk0", "disk1"]
+    since = "NOT SERVED since 2026-01-02 03:04:05 UTC"
+    assert paragraphs == [
+        f"{row.device} ({row.backstore}, {row.config}): {since}: {row.reason}\n  what to do: mend it"
+        for row in (WRONG_SIZE, NOBODY)
+    ]
+
+
+def test_status_in_json_begins_with_the_luns_that_nobody_serves(workers: Workers) -> None:
+    both_protected(workers)
+    devices(workers, SERVED, NOBODY)
+    result = command("status", "--json")
+    assert result.exit_code == exits.ABSENT
+    first, *others = json.loads(result.stdout)
+    assert (first["device"], first["state"], first["advice"]) == ("uio2", "unserved", "mend it")
+    assert [document["resource"] for document in others] == ["disk0", "disk1"]
+
+
+def test_status_of_one_has_its_own_luns_alone(workers: Workers) -> None:
+    both_protected(workers)
+    devices(workers, WRONG_SIZE, NOBODY)
+    result = command("status", "disk0")
+    assert result.exit_code == exits.ABSENT
+    assert result.stdout.startswith("uio1 (store-uio1, replication/disk0): NOT SERVED since")
+    assert "\n\ndisk0: protected since" in result.stdout
+    assert "uio2" not in result.stdout
+    document = json.loads(command("status", "disk0", "--json").stdout)
+    assert document["resource"] == "disk0"
+    assert [row["device"] for row in document["unserved"]] == ["uio1"]
+    assert command("status", "disk1").exit_code == 0
+    assert "unserved" not in json.loads(command("status", "disk1", "--json").stdout)
+    told = command("status", "uio2")
+    assert told.exit_code == exits.ABSENT
+    assert told.stdout.startswith("uio2 (store-uio2, replication/nope): NOT SERVED since")
+    assert "nobody serves at" not in told.stdout
+
+
+@pytest.mark.parametrize("row", [SERVED, FOREIGN, COMING], ids=lambda row: row.state)
+def test_lun_that_is_served_or_coming_or_not_ours_leaves_status_as_it_is(
+    workers: Workers, row: schema.DeviceInfo
+) -> None:
+    both_protected(workers)
+    devices(workers, row)
+    result = command("status")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert row.device not in result.stdout
+
+
+def test_lun_of_a_resource_that_is_down_is_not_told_twice(workers: Workers) -> None:
+    workers.serve("disk1", query_status=status(resource="disk1"))
+    devices(workers, lun("uio1", "replication/disk0", worker="disk0"), lun("uio5", "file//x", worker="uio5"))
+    (workers.run / "uio5.sock").touch()  # left behind by its worker
+    result = command("status")
+    assert result.exit_code == exits.ABSENT
+    assert "disk0: DOWN: nobody serves" in result.stdout
+    assert "uio1" not in result.stdout
+    assert "uio5 (store-uio5, file//x): NOT SERVED" in result.stdout
+    assert "uio5: DOWN" not in result.stdout
+
+
+def test_daemon_that_does_not_say_which_luns_nobody_serves_is_told_of(workers: Workers) -> None:
+    both_protected(workers)
+    devices(workers, Error(Kind.TIMED_OUT, "no answer"))
+    result = command("status")
+    assert result.exit_code == 0
+    assert "warning: the daemon does not say which LUNs nobody serves: no answer" in result.stderr
+
+
+def test_devices_shows_every_lun_and_why_one_is_not_served(workers: Workers) -> None:
+    devices(workers, SERVED, WRONG_SIZE, FOREIGN, COMING)
+    result = command("devices")
+    assert result.exit_code == exits.ABSENT
+    header, *lines = result.stdout.split("\n\n")[0].splitlines()
+    assert header.split() == ["DEVICE", "BACKSTORE", "CONFIG", "SERVED", "SINCE", "WORKER"]
+    cells = [line.split() for line in lines]
+    assert [(row[0], row[3], row[6:]) for row in cells] == [
+        ("uio0", "yes", ["disk0", "(42)"]),
+        ("uio1", "NO", ["disk0", "(42)"]),
+        ("uio3", "-", ["-"]),
+        ("uio4", "starting", ["uio4", "(43)"]),
+    ]
+    assert (
+        "uio1 (store-uio1, replication/disk0): NOT SERVED since 2026-01-02 03:04:05 UTC: found"
+        in result.stdout
+    )
+    assert "uio3 (store-uio3, qcow//srv/vm): not served: found qcow//srv/vm" in result.stdout
+    assert json.loads(command("devices", "--json").stdout)[0]["pid"] == 42
+
+
+@pytest.mark.parametrize("row", [SERVED, FOREIGN, COMING], ids=lambda row: row.state)
+def test_devices_is_0_when_none_of_ours_is_unserved(workers: Workers, row: schema.DeviceInfo) -> None:
+    devices(workers, row)
+    assert command("devices").exit_code == 0
+
+
+def test_devices_without_a_lun_or_without_a_daemon(workers: Workers) -> None:
+    absent = command("devices")
+    assert absent.exit_code == exits.ABSENT
+    assert "nobody serves at" in absent.stderr
+    assert "Is the daemon running?" in absent.stderr
+    devices(workers)
+    assert command("devices").stdout == "no LUN in the kernel is for a handler in user space\n"
+    assert json.loads(command("devices", "--json").stdout) == []
 
 
 def test_errors_of_all(workers: Workers) -> None:

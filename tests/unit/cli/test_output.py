@@ -129,3 +129,23 @@ def test_job_that_failed_says_why() -> None:
     job = schema.Job(id="c", type="commit", offset=0, length=1, speed=2048, status="failed", error="no space")
     line = output.job_line(document(jobs=[job])["jobs"][0])
     assert line.endswith("2 KiB/s, failed: no space")
+
+
+def test_luns_on_a_terminal_fit_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_terminal(monkeypatch)
+    long = {
+        "device": "uio123",
+        "backstore": "a-store-with-a-long-name",
+        "config": "replication/" + "a-long-name-of-a-resource" * 3,
+        "state": "unserved",
+        "since": "2026-01-02T03:04:05+00:00",
+        "worker": "a-long-name-of-a-resource" * 3,
+        "pid": 4194304,
+        "reason": "a reason " * 30,
+        "advice": "what to do " * 30,
+    }
+    for text in (output.luns([long, {**long, "state": "starting"}]), output.table([long, document()])):
+        lines = click.unstyle(text).splitlines()
+        assert max(len(line) for line in lines if long["config"] not in line) <= 80
+        assert "uio123" in text
+        assert "NOT SERVED since 2026-01-02 03:04:05 UTC" in " ".join(click.unstyle(text).split())

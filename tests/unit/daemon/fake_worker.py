@@ -8,6 +8,8 @@ It connects to the hub, says its process and its arguments, and obeys lines:
     deaf             ignore SIGTERM
     hold PATH        take the lock beside a control socket
     serve PATH       take the lock and answer attach-device and detach-device, telling the hub
+    refuse TEXT      from now on refuse every attach-device
+    accept           refuse no more
 """
 
 from __future__ import annotations
@@ -34,7 +36,11 @@ async def main() -> None:
 
     refusals = [Error(Kind.NOT_FOUND, "not enabled yet")]
 
+    always: list[Error] = []
+
     async def attach(arguments: Any, session: object) -> None:
+        if always:
+            raise always[0]
         if refusals:
             raise refusals.pop()
         say(["attach", arguments.device])
@@ -56,6 +62,10 @@ async def main() -> None:
                 os._exit(int(rest))
             case "deaf":
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            case "refuse":
+                always[:] = [Error(Kind.BAD_CONFIG, rest)]
+            case "accept":
+                always.clear()
             case "hold":
                 lock.hold(Path(rest))
             case "serve":

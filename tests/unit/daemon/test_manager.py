@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import threading
+import tomllib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 
 from tcmu_replication.control.connection import Connection
+from tcmu_replication.daemon import config, luns
 from tcmu_replication.daemon import manager as manager_module
 from tcmu_replication.daemon.child import Child
 from tcmu_replication.daemon.manager import Manager
@@ -92,14 +94,16 @@ class Rig:
         patch.setattr(uio, "devices", lambda: iter(self.present.values()))
         patch.setattr(uio, "identify", self.present.get)
         patch.setattr(manager_module.handler, "subtypes", lambda: {"replication", "file"})
-        patch.setattr(manager_module, "TELL_DELAYS_S", (0.0,))
+        patch.setattr(manager_module, "TELL_DELAYS_S", (0.0, 0.01))
 
     def write(self, name: str, text: str = GOOD) -> None:
         (self.context.config_directory / f"{name}.toml").write_text(text.replace("disk0", name))
 
-    def make(self, delays_s: tuple[float, ...] = (0.0,), look_s: float = 1.0) -> Manager:
+    def make(
+        self, delays_s: tuple[float, ...] = (0.0,), look_s: float = 1.0, find_s: float = NEVER_S
+    ) -> Manager:
         command = [sys.executable, fake_worker.__file__]
-        return Manager(self.context, command, self.devices, delays_s, look_s, self.core)
+        return Manager(self.context, command, self.devices, delays_s, look_s, self.core, find_s)
 
     def backstore(self, identity: uio.Identity) -> Path:
         """A device's directory in a configfs of files."""
@@ -109,17 +113,40 @@ class Rig:
             (path / "action" / action).touch()
         return path
 
-    async def next(self) -> Fake:
-        return await self.fakes.get()
+    async def next(self, name: str | None = None) -> Fake:
+        """The next worker that comes, or the next of this resource or device: several come in any order."""
+        while True:
+            fake = await self.fakes.get()
+            if name in (None, fake.arguments[-1]):
+                return fake
 
-    async def workers(self) -> dict[str, dict[str, Any]]:
+    async def ask(self, command: str) -> list[dict[str, Any]]:
         """What the manager answers."""
         connection = await Connection.unix(
             socket_path(self.context.run_directory, "_manager"), timeout=LIMIT_S
         )
-        rows = await connection.execute("query-workers")
+        rows: list[dict[str, Any]] = await connection.execute(command)
         connection.close()
-        return {row["name"]: row for row in rows}
+        return rows
+
+    async def workers(self) -> dict[str, dict[str, Any]]:
+        return {row["name"]: row for row in await self.ask("query-workers")}
+
+    async def luns(self) -> dict[str, dict[str, Any]]:
+        return {row["device"]: row for row in await self.ask("query-devices")}
+
+    async def until_lun(self, device: str, state: str, reason: str = "") -> dict[str, Any]:
+        """The row of a LUN once it is in a state, for a reason that has these words (asked again and again)."""
+        while (row := (await self.luns())[device])["state"] != state or reason not in (row["reason"] or ""):
+            await asyncio.sleep(0)
+        return row
+
+    async def serving(self, name: str | None = None) -> Fake:
+        """As `next`, once it answers attach-device and has said that it serves."""
+        fake = await self.next(name)
+        await fake.tell(f"serve {socket_path(self.context.run_directory, fake.arguments[-1])}")
+        await fake.tell("ready")
+        return fake
 
     async def until(self, name: str, state: str) -> dict[str, Any]:
         """The row of a worker once it is in a state (asked again and again: the answer comes over a socket)."""
@@ -594,3 +621,277 @@ def test_worker_that_outlived_a_manager_is_watched_by_the_next(
             await manager.close()
 
     asyncio.run(asyncio.wait_for(main(), LIMIT_S))
+
+
+def lun_of(config: str) -> Callable[[Rig], None]:
+    """Prepare a resource disk0 and a LUN uio0 of this SUBTYPE/CONFIG."""
+
+    def prepare(rig: Rig) -> None:
+        rig.write("disk0")
+        rig.present["uio0"] = identity("uio0", *config.split("/", 1))
+        rig.backstore(rig.present["uio0"])
+
+    return prepare
+
+
+def test_lun_that_is_served_names_its_worker(with_manager: Callable[..., None]) -> None:
+    async def body(rig: Rig, manager: Manager) -> None:
+        fake = await rig.serving()
+        row = await rig.until_lun("uio0", "served")
+        assert (row["worker"], row["pid"], row["reason"], row["advice"]) == ("disk0", fake.pid, None, None)
+        assert (row["backstore"], row["config"]) == ("lun", "replication/disk0")
+        assert row["since"]
+
+    with_manager(body, lun_of("replication/disk0"))
+
+
+@pytest.mark.parametrize("reloaded", [False, True])
+def test_lun_of_a_resource_that_is_not_there_says_so_and_is_served_when_its_file_comes(
+    with_manager: Callable[..., None], reloaded: bool
+) -> None:
+    """lio-findings 7: `replication/nope` was a line in the log, and nothing else."""
+
+    async def body(rig: Rig, manager: Manager) -> None:
+        row = (await rig.luns())["uio0"]
+        assert (row["state"], row["worker"], row["pid"]) == ("unserved", None, None)
+        path = rig.context.config_directory / "nope.toml"
+        assert f"{path}: file: found No such file or directory; expected a readable" in row["reason"]
+        assert "this host has disk0" in row["advice"]
+        assert "write or mend that file" in row["advice"]
+        rig.write("nope")
+        if reloaded:
+            assert f"{path} is good" in (await rig.luns())["uio0"]["reason"]
+            manager.reload()
+        fake = await rig.serving("nope")
+        row = await rig.until_lun("uio0", "served")
+        assert (row["worker"], row["pid"], row["reason"]) == ("nope", fake.pid, None)
+
+    with_manager(body, lun_of("replication/nope"), find_s=NEVER_S if reloaded else 0.01)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[resource]", "nope.toml: resource.name: found nothing; expected"),
+        (
+            GOOD.replace("host.alpha", "host.gamma"),
+            "found [host.beta] and [host.gamma]; expected [host.alpha]",
+        ),
+    ],
+    ids=["wrong", "of other hosts"],
+)
+def test_lun_of_a_resource_whose_file_is_no_good_says_why_and_is_served_when_it_is_mended(
+    with_manager: Callable[..., None], text: str, reason: str
+) -> None:
+    def prepare(rig: Rig) -> None:
+        lun_of("replication/nope")(rig)
+        rig.write("nope", text)
+
+    async def body(rig: Rig, manager: Manager) -> None:
+        row = (await rig.luns())["uio0"]
+        assert row["state"] == "unserved"
+        assert reason in row["reason"]
+        rig.write("nope")
+        await rig.serving("nope")
+        await rig.until_lun("uio0", "served")
+        assert (await rig.workers())["nope"]["error"] is None
+
+    with_manager(body, prepare, find_s=0.01)
+
+
+def test_resource_file_that_is_still_being_written_is_not_taken(
+    with_manager: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a file can be good: without its last table it has no [tls]."""
+    whole, half = (
+        config.parse(tomllib.loads(text.replace("disk0", "nope")), Path("nope.toml"))
+        for text in (GOOD, GOOD.replace("port = 10809", "port = 1"))
+    )
+    looks = [half, half, whole, half, whole, whole]  # the first is for the log
+    started: list[int] = []
+
+    def find(name: str, where: Path) -> config.Resource:
+        assert name == "nope"
+        return looks.pop(0)
+
+    async def body(rig: Rig, manager: Manager) -> None:
+        await rig.next("nope")
+        started.append(len(looks))
+
+    monkeypatch.setattr(config, "find", find)
+    with_manager(body, lun_of("replication/nope"), find_s=0.01)
+    assert started == [0]
+
+
+@pytest.mark.parametrize("name", ["../disk0", "", "disk0 "])
+def test_lun_whose_configuration_is_no_name_of_a_resource_says_so(
+    with_manager: Callable[..., None], name: str
+) -> None:
+    async def body(rig: Rig, manager: Manager) -> None:
+        row = (await rig.luns())["uio0"]
+        assert row["state"] == "unserved"
+        assert f"{name!r} is not the name of a resource" in row["reason"]
+
+    with_manager(body, lun_of(f"replication/{name}"), find_s=0.01)
+
+
+def test_lun_that_its_worker_refuses_says_why_and_is_served_when_it_can_be(
+    with_manager: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    """lio-findings 7: a wrong size was in the log, 38 s later. Tried a hundred times, each reason is there once."""
+
+    async def body(rig: Rig, manager: Manager) -> None:
+        fake = await rig.next()
+        await fake.tell("refuse was created with 1 byte, disk0 has 2; delete it and create it with size=2")
+        await fake.tell(f"serve {socket_path(rig.context.run_directory, 'disk0')}")
+        await fake.tell("ready")
+        row = await rig.until_lun("uio0", "unserved", "was created with 1 byte")
+        assert (row["worker"], row["pid"]) == ("disk0", fake.pid)
+        assert "tried again every" in row["advice"]
+        await fake.tell("refuse in use")
+        again = await rig.until_lun("uio0", "unserved", "in use")
+        assert again["since"] == row["since"]
+        await fake.tell("accept")
+        row = await rig.until_lun("uio0", "served")
+        assert (row["worker"], row["reason"]) == ("disk0", None)
+        told = [line.message for line in caplog.records if "uio0 is not served" in line.message]
+        assert len(told) == len(set(told)) == 3  # the fake refuses once by itself
+
+    with_manager(body, lun_of("replication/disk0"))
+
+
+def test_lun_whose_worker_died_says_what_it_died_of_until_the_next_serves(
+    with_manager: Callable[..., None],
+) -> None:
+    async def body(rig: Rig, manager: Manager) -> None:
+        fake = await rig.serving()
+        assert await fake.hear() == ["attach", "uio0"]
+        await rig.until_lun("uio0", "served")
+        await fake.tell("words no space left on /var")
+        await fake.tell("exit 1")
+        row = await rig.until_lun("uio0", "unserved")
+        assert "its worker disk0 does not serve: no space left on /var" in row["reason"]
+        await rig.serving()
+        assert (await rig.until_lun("uio0", "served"))["reason"] is None
+
+    with_manager(body, lun_of("replication/disk0"))
+
+
+def test_lun_of_another_handler_says_what_its_worker_died_of(with_manager: Callable[..., None]) -> None:
+    """lio-findings 7: `file//no/such` was a worker that is restarted for ever."""
+
+    async def body(rig: Rig, manager: Manager) -> None:
+        fake = await rig.next("uio0")
+        assert (await rig.luns())["uio0"]["state"] == "starting"
+        await fake.tell("words file//no/such: found: No such file or directory")
+        await fake.tell("exit 4")
+        row = await rig.until_lun("uio0", "unserved")
+        assert "file//no/such: found: No such file" in row["reason"]
+        again = await rig.next("uio0")
+        await again.tell("ready")
+        row = await rig.until_lun("uio0", "served")
+        assert (row["worker"], row["pid"], row["config"]) == ("uio0", again.pid, "file//no/such")
+
+    with_manager(body, lun_of("file//no/such"))
+
+
+def test_lun_whose_worker_never_says_a_word_counts_as_unserved(
+    with_manager: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(luns, "GRACE_S", 0.0)
+
+    async def body(rig: Rig, manager: Manager) -> None:
+        row = (await rig.luns())["uio0"]
+        assert row["state"] == "unserved"
+        assert "worker disk0 is to take it up, and has not said" in row["reason"]
+
+    with_manager(body, lun_of("replication/disk0"))
+
+
+@pytest.mark.parametrize(("config", "worker"), [("replication/disk0", "disk0"), ("file//srv/image", "uio0")])
+def test_lun_whose_worker_was_told_to_end_is_served_again_after_a_reload(
+    with_manager: Callable[..., None], config: str, worker: str
+) -> None:
+    async def body(rig: Rig, manager: Manager) -> None:
+        fake = await rig.serving(worker)
+        await rig.until_lun("uio0", "served")
+        await fake.tell("exit 0")
+        row = await rig.until_lun("uio0", "unserved", "was told to end")
+        assert "systemctl reload tcmu-replication" in row["advice"]
+        manager.reload()
+        await rig.serving(worker)
+        await rig.until_lun("uio0", "served")
+
+    with_manager(body, lun_of(config))
+
+
+@pytest.mark.parametrize(
+    ("config", "meant"),
+    [
+        ("replicatoin/disk0", "If replication/disk0 was meant"),
+        ("qcow//srv/vm", "If one of file, replication was"),
+    ],
+)
+def test_lun_of_a_handler_that_is_not_here_is_foreign_and_may_be_a_slip(
+    with_manager: Callable[..., None], config: str, meant: str
+) -> None:
+    """lio-findings 7: `replicatoin/disk0`: nothing anywhere."""
+
+    async def body(rig: Rig, manager: Manager) -> None:
+        row = (await rig.luns())["uio0"]
+        assert (row["state"], row["worker"]) == ("foreign", None)
+        assert f"no handler of this host serves {config}" in row["reason"]
+        assert meant in row["advice"]
+        assert set(await rig.workers()) == {"disk0"}
+
+    with_manager(body, lun_of(config))
+
+
+def test_lun_that_was_removed_is_not_known_any_more(with_manager: Callable[..., None]) -> None:
+    """lio-findings 7: later there was a stray `nope: detach-device … No such file`."""
+
+    def prepare(rig: Rig) -> None:
+        lun_of("replication/nope")(rig)
+        rig.present["uio12"] = identity("uio12", "qcow", "x")
+        rig.present["uio3"] = identity("uio3", "replication", "disk0")
+
+    async def body(rig: Rig, manager: Manager) -> None:
+        fake = await rig.serving()
+        assert await fake.hear() == ["attach", "uio3"]
+        assert list(await rig.luns()) == ["uio0", "uio3", "uio12"]
+        for device in ("uio0", "uio12", "uio3"):
+            rig.devices.push("remove", device)
+        assert await fake.hear() == ["detach", "uio3"]
+        assert await rig.luns() == {}
+
+    with_manager(body, prepare)
+
+
+def test_resource_that_comes_back_while_its_worker_ends_is_served(with_manager: Callable[..., None]) -> None:
+    async def body(rig: Rig, manager: Manager) -> None:
+        first = await rig.next()
+        path = rig.context.config_directory / "disk0.toml"
+        text = path.read_text()
+        path.unlink()
+        manager.reload()
+        path.write_text(text)
+        manager.reload()
+        await first.gone()
+        assert (await rig.next()).arguments[-1] == "disk0"
+
+    with_manager(body)
+
+
+def test_close_while_a_changed_resource_is_started_again_leaves_no_worker(
+    with_manager: Callable[..., None],
+) -> None:
+    async def body(rig: Rig, manager: Manager) -> None:
+        await rig.next()
+        rig.write("disk0", GOOD.replace("port = 10809", "port = 1"))
+        manager.reload()
+        await manager.close()
+        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        commands = [Path(f"/proc/{pid}/cmdline").read_text() for pid in children]
+        assert not [command for command in commands if str(rig.context.run_directory) in command]
+
+    with_manager(body)
