@@ -313,6 +313,8 @@ class Manager:
             log.log(level, "%s is not served: %s", identity.uio, self._without_worker(lun).reason)
         elif child.state == "running":
             self._tell(identity.uio, self._keep_attaching(lun))
+        elif child.state in ("waiting", "failed"):  # an initiator may wait for it now
+            child.start()
 
     def _remove_device(self, device: str) -> None:
         lun = self._luns.pop(device, None)

@@ -777,6 +777,20 @@ def test_lun_whose_worker_died_says_what_it_died_of_until_the_next_serves(
     with_manager(body, lun_of("replication/disk0"))
 
 
+def test_lun_that_comes_while_its_worker_waits_has_it_tried_at_once(
+    with_manager: Callable[..., None],
+) -> None:
+    async def body(rig: Rig, manager: Manager) -> None:
+        await (await rig.next()).tell("exit 2")
+        await rig.until("disk0", "failed")
+        rig.present["uio0"] = identity("uio0", "replication", "disk0")
+        rig.devices.push("add", "uio0")
+        await rig.serving()
+        await rig.until_lun("uio0", "served")
+
+    with_manager(body, delays_s=(NEVER_S,))
+
+
 def test_lun_of_another_handler_says_what_its_worker_died_of(with_manager: Callable[..., None]) -> None:
     """lio-findings 7: `file//no/such` was a worker that is restarted for ever."""
 
