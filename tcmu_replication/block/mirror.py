@@ -60,6 +60,7 @@ class Mirror(Node):
         may_detach: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__(name, disk.length)
+        self._local = disk
         self.disk: Node | None = disk
         self.replica: Node | None = None
         self.errors: dict[str, int] = {}
@@ -82,15 +83,14 @@ class Mirror(Node):
         """Begin to write to `replica` too; `peer` reads the secondary's disk, should this one fail.
 
         What is under way is noted in `in_flight`. With `detached` the local disk has failed
-        earlier already. Nothing may be in flight.
+        earlier already; without, it counts, whatever was before. Nothing may be in flight.
         """
         assert replica.length == self.length, "the engine compared the lengths"
         self.replica = replica
         self._peer = peer
         self._in_flight = in_flight
-        if detached:
-            self.disk = None
-            self._first = peer
+        self.disk = None if detached else self._local
+        self._first = peer if detached else self._local
 
     def remove(self) -> None:
         """Stop writing to the replica. Nothing may be in flight."""

@@ -82,8 +82,9 @@ class Forward(Node):
     """The primary's filter: sends writes to `remote`, until one fails: that opens the `gap`.
 
     `missed(offset, length, error)` is told of each range that the peer did not
-    get. While `alone` is false such a failure is answered with success; a mirror
-    that has lost its own disk sets it, and then the peer's word is final.
+    get, and such a failure is answered with success. A mirror that has lost its own
+    disk sets `alone`: then the peer's word is final, and since nobody else has what
+    it does not take there is no gap.
 
     A flush that does not reach the peer opens no gap, for nothing differs by it:
     the remote node sends one as soon as the link is back. One that the peer
@@ -153,11 +154,13 @@ class Forward(Node):
 
     def _counts(self, offset: int, length: int, error: Error) -> bool:
         """The peer did not get this: open the gap, and say whether that is the caller's error."""
+        if self.alone:
+            return True
         if length or (self.gap is None and error.kind not in _NOT_REACHED):
             if self.gap is None:
                 self.gap = error
             self._missed(offset, length, error)
-        return self.alone
+        return False
 
 
 class Split(Node):

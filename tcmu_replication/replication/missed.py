@@ -15,6 +15,7 @@ follows it: the filter below keeps the order of writes that overlap.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from tcmu_replication.block import allocation_map
 from tcmu_replication.block.allocation_map import ABSENT, HERE, AllocationMap
 from tcmu_replication.block.node import Node
 from tcmu_replication.block.pending import Pending, attempt, gather, settle
+from tcmu_replication.block.space import create_sparse
 from tcmu_replication.errors import Error, from_os
 from tcmu_replication.units import BLOCK, KiB
 
@@ -51,15 +53,14 @@ class Missed:
     def open(self, *, anew: bool = False) -> None:
         """Open the map, and make it if it is not there; `anew` with nothing in it. Raises `Error`."""
         self.close()
-        try:
-            if anew:
+        if anew:
+            try:
                 self.path.unlink(missing_ok=True)
-            if not self.path.exists():
-                with open(self.path, "xb") as file:
-                    file.truncate(allocation_map.file_size(self._length))
-                    file.write(allocation_map.header(self._length))
-        except OSError as e:
-            raise from_os(e, f"create {self.path}") from e
+            except OSError as e:
+                raise from_os(e, f"remove {self.path}") from e
+        if not os.path.lexists(self.path):
+            size = allocation_map.file_size(self._length)
+            create_sparse(str(self.path), size, allocation_map.header(self._length))
         self._map = AllocationMap(str(self.path), self._length)
         self.complete = True
         # Before a manifest names it: without its header the next boot would refuse it.

@@ -60,6 +60,8 @@ PROBES = 64
 RETRY_S = 1.0
 """The pause before something that failed for want of the peer, or of the disk, is tried again."""
 
+DETACHED = "the local disk failed; the secondary serves"
+
 THE_WAY_BACK = (
     "stop the initiators; tcmu-replication stop {name} here and on the secondary; copy this host's disk to the "
     "secondary's disk; start the secondary, then this host: start compares both disks"
@@ -226,6 +228,8 @@ class Primary(End):
 
     def _what_was_under_way(self, this_boot: str) -> str | None:
         """After an end that was not clean: mark what may differ. Why that is not known, if it is not."""
+        if self.manifest.detached_at:
+            return None  # one disk alone has what was written
         if self.manifest.boot != this_boot:
             return (
                 "this host went down without a clean stop: the disks may differ in what was written since the last "
@@ -888,21 +892,19 @@ class Primary(End):
             return  # a flush: nothing differs by it
         whole = self.missed.complete
         self.missed.mark(offset, length)
-        if not self.manifest.outdated_at and not self._is_superseded:
+        if not self.manifest.outdated_at:
             self._open_gap(Error(error.kind, f"not forwarded: {error}"))
         elif whole and not self.missed.complete:
             self._write_down(map_complete=False)
-
-    @property
-    def _is_superseded(self) -> bool:
-        return bool(self.manifest.superseded_at)
 
     def _open_gap(self, error: Error) -> None:
         """From now on the secondary misses what is written: record it before any of that is acknowledged."""
         if self.filter is not None and self.filter.gap is None:
             self.filter.gap = error
-        if self.manifest.outdated_at:
-            return
+            if self.mirror.detached:
+                log.error("%s: the secondary does not serve any more: %s", self.name, error)
+        if self.manifest.outdated_at or self.mirror.detached:
+            return  # without a disk here the secondary misses nothing that anybody has
         self._record(str(error))
         log.error("%s: the secondary misses writes from now on: %s", self.name, error)
         self._write_down(outdated_at=now(), map_complete=self.missed.complete)
@@ -932,7 +934,7 @@ class Primary(End):
 
     def _report(self, failure: Failure) -> None:
         """The mirror: a child failed."""
-        if failure.child == self.disk.name and failure.operation not in ("read", "flush"):
+        if failure.final and failure.child == self.disk.name and failure.operation not in ("read", "flush"):
             # The peer may have taken it. What is on this disk now is what both shall have.
             self.missed.mark(failure.offset, failure.length)
             self._heal()
@@ -953,17 +955,19 @@ class Primary(End):
         """Go on without the local disk? Only if that is the policy, the peer has all, and it is written down."""
         if not self._detach or not self.forwards or self.out_of_sync_bytes or not self.manifest.verified:
             return False
-        before = self.manifest
-        self._record("the local disk failed; the secondary serves")
+        at = now()
         try:
-            self._save(detached_at=now())
+            self._save(
+                detached_at=at,
+                error=self.machine.error or DETACHED,
+                error_at=self.manifest.error_at or at,
+            )
         except Error as error:
             log.error(
                 "%s: the local disk is kept, since its failure cannot be written down: %s", self.name, error
             )
-            self.machine.forget_error()
-            self.manifest = before
             return False
+        self._record(DETACHED)
         assert self.filter is not None
         self.filter.alone = True
         log.critical("%s: the local disk failed; the secondary serves from now on", self.name)

@@ -130,6 +130,12 @@ class Worker:
                 pass
         assert b"READY=1" in said, f"{said!r}\n{self.log.read_text()}"
 
+    def refuse_to_start(self) -> str:
+        """Start it where it must not: what it says at its end."""
+        refused = self.cli("serve", "disk0", check=False)
+        assert refused.returncode == exits.WRONG, f"{refused.stdout}{refused.stderr}"
+        return refused.stderr
+
     def kill(self) -> None:
         """SIGKILL: the process is gone, what it had given to the kernel is not."""
         assert self.process is not None
@@ -227,6 +233,11 @@ class Pair:
             )
             for host in HOSTS
         )
+
+    @property
+    def equal(self) -> bool:
+        """Whether both disks have the same bytes now."""
+        return self.alpha.disk.read_bytes() == self.beta.disk.read_bytes()
 
     def __enter__(self) -> Pair:
         try:

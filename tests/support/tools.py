@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -20,6 +21,14 @@ def requires(*programs: str) -> pytest.MarkDecorator:
     """Skip a test, naming what is missing, unless all `programs` are installed."""
     missing = [program for program in programs if shutil.which(program) is None]
     return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
+
+
+def until(found: Callable[[], object], what: str) -> None:
+    """Ask again and again until something is `found`; for `what` has no event. A pair's hosts talk once a second."""
+    end_s = time.monotonic() + PATIENCE_S
+    while not found():
+        assert time.monotonic() < end_s, f"waited in vain: {what}"
+        time.sleep(0.05)
 
 
 async def run(*command: str) -> str:

@@ -1,13 +1,11 @@
 """Nothing is lost in silence: what two real hosts remember, tell and refuse. Each test names its finding."""
 
-import time
-
 import pytest
 
 from tcmu_replication.units import MiB
 from tests.support.processes import Pair
 from tests.support.relay import Relay
-from tests.support.tools import PATIENCE_S, requires
+from tests.support.tools import PATIENCE_S, requires, until
 
 pytestmark = requires("qemu-io")
 
@@ -19,18 +17,6 @@ LINK = {"reconnect-delay": 0.5, "timeout": 3.0, "dead-after": 2.0}
 def pair(tmp_path):
     with Pair(tmp_path, size=SIZE, link=LINK) as pair:
         yield pair
-
-
-def until(found, what):
-    """Wait for `found()`; a pair's hosts hear of each other once a second."""
-    end = time.monotonic() + PATIENCE_S
-    while not found():
-        assert time.monotonic() < end, what
-        time.sleep(0.05)
-
-
-def same(pair):
-    return pair.alpha.disk.read_bytes() == pair.beta.disk.read_bytes()
 
 
 def test_d2_gap_is_known_after_a_clean_stop_and_after_a_death(pair):
@@ -60,7 +46,7 @@ def test_d3_writes_under_way_at_the_death_of_the_primary_are_sent_again(tmp_path
         pair.beta.resume()
         pair.alpha.start()
         until(lambda: pair.alpha.status()["protection"]["protected"], "in sync again")
-        assert same(pair)
+        assert pair.equal
         pair.alpha.cli("checkpoint", "disk0")
 
 
@@ -212,7 +198,7 @@ def test_a_gap_is_mended_as_the_texts_say(pair):
     pair.replicate()
     until(lambda: pair.alpha.status()["protection"]["protected"], "protected again")
     pair.alpha.io("write -P 0x44 1M 1M")
-    assert same(pair)
+    assert pair.equal
 
 
 def promoted(pair):
@@ -241,7 +227,7 @@ def test_pair_after_a_failover_is_made_anew_as_the_texts_say(pair):
     pair.alpha.cli("start", "disk0", "--force", "--wait")
     assert pair.alpha.status()["protection"]["protected"]
     pair.alpha.io("read -P 0x11 0 1M", "read -P 0x22 1M 1M", "write -P 0x33 2M 1M")
-    assert same(pair)
+    assert pair.equal
 
 
 def test_pair_after_a_failover_goes_on_in_exchanged_roles_as_the_texts_say(pair):
@@ -259,7 +245,7 @@ def test_pair_after_a_failover_goes_on_in_exchanged_roles_as_the_texts_say(pair)
     pair.beta.cli("start", "disk0", "--wait")
     assert pair.beta.status()["protection"]["protected"]
     pair.beta.io("write -P 0x33 2M 1M")
-    assert same(pair)
+    assert pair.equal
     for worker in (pair.alpha, pair.beta):
         worker.kill()
         worker.start()

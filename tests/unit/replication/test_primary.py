@@ -558,6 +558,53 @@ def test_local_failure_with_detach_lets_the_peer_serve(tmp_path):
     run(site, story)
 
 
+def test_host_that_goes_down_without_a_disk_of_its_own_calls_the_peer_not_outdated(tmp_path, monkeypatch):
+    """D1: the peer alone had everything, and was told that it misses writes."""
+    site = Site(tmp_path, detach=True)
+
+    async def story():
+        await site.engine.start(Mode.PRIMARY)
+        site.disk.failing = {"write"}
+        await site.write(0, 1)
+        site.disk.failing = set()
+        site.reconnect_delay = 20.0
+        monkeypatch.setattr(boot, "boot_id", lambda: "another boot")
+        await site.reopen()
+        await site.write(BLOCK, 2)
+        assert site.byte(BLOCK) == (0, 2)
+        assert site.engine.manifest.outdated_at == ""
+        assert site.engine.out_of_sync_bytes == 0
+
+    run(site, story)
+
+
+def test_disk_whose_failure_cannot_be_written_down_is_kept(tmp_path, monkeypatch):
+    """D1: else a restart would serve it."""
+    site = Site(tmp_path, detach=True)
+
+    async def story():
+        await site.engine.start(Mode.PRIMARY)
+        site.disk.failing = {"write"}
+
+        def save(directory, new, before):
+            raise Error(Kind.IO, "the record is on a disk that failed too")
+
+        with monkeypatch.context() as unwritable:
+            unwritable.setattr(manifests, "save", save)
+            with pytest.raises(Error, match="write failed"):
+                await site.write(0, 1)
+        assert not site.engine.mirror.detached
+        site.disk.failing = set()
+        while site.engine.out_of_sync_bytes:
+            await asyncio.sleep(0)
+        site.reconnect_delay = 20.0
+        await site.reopen()
+        await site.write(0, 3)
+        assert site.byte(0) == (3, 3)
+
+    run(site, story)
+
+
 def test_local_failure_with_detach_after_a_gap_is_the_callers(tmp_path):
     site = Site(tmp_path, detach=True)
 

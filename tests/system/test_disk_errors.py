@@ -1,0 +1,130 @@
+"""Disks, overlays and records that fail: what both hosts know of it, and what they refuse (D1, D2, D4, D5, D12).
+
+Two real workers whose system calls fail on cue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tcmu_replication.cli import exits
+from tcmu_replication.units import MiB
+from tests.support.faulty import break_medium, install
+from tests.support.processes import Pair, Worker
+from tests.support.tools import requires, until
+
+pytestmark = requires("qemu-io")
+
+SIZE = 64 * MiB
+LINK: dict[str, object] = {"reconnect-delay": 0.5, "timeout": 3.0, "dead-after": 2.0}
+ENDS: list[Callable[[Worker], None]] = [Worker.stop, Worker.kill]
+
+
+def breakable(folder: Path, **resource: object) -> Pair:
+    """A pair, not running yet, each of whose media can be broken."""
+    pair = Pair(folder, size=SIZE, link=LINK, **resource)
+    install(pair.alpha)
+    install(pair.beta)
+    return pair
+
+
+def replicate(pair: Pair) -> None:
+    """From here on both disks are known to be equal, on both hosts."""
+    pair.replicate()
+    for worker in (pair.alpha, pair.beta):
+        until(lambda worker=worker: protected(worker), f"{worker.host} is protected")
+
+
+def protected(worker: Worker) -> bool:
+    return worker.status()["protection"]["protected"]
+
+
+def level(worker: Worker) -> str:
+    return worker.status()["protection"]["level"]
+
+
+def first(worker: Worker) -> int:
+    """The disk's first byte, past the worker."""
+    with open(worker.disk, "rb") as disk:
+        return disk.read(1)[0]
+
+
+# --- D1: the primary's disk fails, and the secondary goes on in its stead
+
+
+def detach(pair: Pair, how: str) -> None:
+    """The primary's disk fails when its LUN is asked for something; it is back at once, without what came then."""
+    pair.alpha.io("write -P 0x11 0 1M", "flush")
+    break_medium(pair.alpha, f"{how} disk.img EIO")
+    pair.alpha.io({"read": "read -P 0x11 0 64k", "write": "write -P 0x22 0 64k", "sync": "flush"}[how])
+    pair.alpha.io("write -P 0x22 0 1M", "flush")
+    break_medium(pair.alpha)
+    assert first(pair.alpha) == 0x11
+    assert first(pair.beta) == 0x22
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("how", ["read", "write", "sync"])
+def test_d1_disk_that_failed_is_never_served_again_whatever_becomes_of_the_worker(
+    tmp_path: Path, how: str, end: Callable[[Worker], None]
+) -> None:
+    with breakable(tmp_path, on_local_error="detach") as pair:
+        replicate(pair)
+        detach(pair, how)
+        for byte in (0x33, 0x44):
+            end(pair.alpha)
+            pair.alpha.start()
+            pair.alpha.io("read -P 0x22 0 1M", f"write -P {byte} 2M 64k", "flush", f"read -P {byte} 2M 64k")
+            assert level(pair.alpha) == "failed"
+            assert "the disk of alpha has failed" in pair.alpha.status()["protection"]["words"]
+        pair.alpha.cli("checkpoint", "disk0")
+        assert first(pair.alpha) == 0x11
+        assert "the secondary serves" in pair.alpha.cli("stop", "disk0", check=False).stderr
+
+
+def test_d1_link_that_was_down_serves_a_primary_without_a_disk_again(tmp_path: Path) -> None:
+    """The secondary was called outdated by it, though it alone had everything."""
+    with breakable(tmp_path, on_local_error="detach") as pair:
+        replicate(pair)
+        detach(pair, "write")
+        pair.beta.pause()
+        assert "write failed" in pair.alpha.io("write -P 0x33 0 1M", check=False).stdout
+        pair.beta.resume()
+        until(lambda: "failed" not in pair.alpha.io("read 0 64k", check=False).stdout, "the link is back")
+        pair.alpha.io("write -P 0x44 0 1M", "flush", "read -P 0x44 0 1M")
+        pair.alpha.kill()
+        pair.alpha.start()
+        pair.alpha.io("read -P 0x44 0 1M")
+        assert pair.beta.status()["outdated-since"] is None
+        pair.alpha.kill()
+        pair.beta.cli("failover", "disk0", "--to", "latest", "--fenced")
+        pair.beta.io("read -P 0x44 0 1M")
+
+
+@pytest.mark.parametrize("restarted", [True, False], ids=["restarted", "not restarted"])
+def test_d1_disk_serves_again_once_it_was_made_whole(tmp_path: Path, restarted: bool) -> None:
+    with breakable(tmp_path, on_local_error="detach") as pair:
+        replicate(pair)
+        detach(pair, "write")
+        pair.beta.cli("failover", "disk0", "--to", "latest", "--force")
+        pair.beta.io("read -P 0x22 0 1M")
+        until(lambda: "was promoted" in (pair.alpha.status()["not-ready"] or ""), "alpha has heard of it")
+        if restarted:
+            pair.alpha.kill()
+            pair.alpha.start()
+        pair.beta.cli("start", "disk0")
+        refused = pair.alpha.cli("start", "disk0", "--force", "--assume-clean", check=False)
+        assert refused.returncode == exits.FAILED
+        assert "older than the secondary's" in refused.stderr
+        pair.alpha.disk.write_bytes(pair.beta.disk.read_bytes())
+        pair.alpha.cli("start", "disk0", "--force", "--wait")
+        until(lambda: protected(pair.alpha), "protected again")
+        pair.alpha.io("read -P 0x22 0 1M", "write -P 0x55 0 1M", "flush")
+        assert first(pair.alpha) == 0x55
+        assert pair.equal
+        pair.alpha.kill()
+        pair.alpha.start()
+        pair.alpha.io("read -P 0x55 0 1M")
