@@ -254,7 +254,7 @@ def _lun_row(lun: dict[str, Any]) -> Row:
 def _row(document: dict[str, Any]) -> Row:
     if "backstore" in document:
         since = _short(document["since"]).removesuffix(" UTC")
-        return (f"{document['device']} {document['config']}", "LUN", UNPROTECTED, since, "not served", "-")
+        return (f"{document['device']} {document['backstore']}", "LUN", UNPROTECTED, since, "not served", "-")
     if "subtype" in document:
         return (f"{document['device']} {document['config']}", document["subtype"], UNKNOWN, *("-",) * 3)
     if document["stage"] == "down":

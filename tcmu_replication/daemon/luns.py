@@ -85,8 +85,8 @@ class Lun:
         """Why its worker, which is told every `every_s` seconds, does not serve it; None if it did not say."""
         if self.error is None:
             return None
-        advice = f"what the reason says; it is tried again every {every_s:g} s, and served when it can be"
-        return Why(str(self.error), advice)
+        advice = "mend what that names, or delete the backstore; the worker tries"
+        return Why(str(self.error), f"{advice} again every {every_s:g} s, and serves it when it can")
 
     def info(self, child: Child | None, why: Why | None) -> DeviceInfo:
         """The row of query-devices. `child` is its worker, `why` what keeps it from being served if that is known."""
@@ -134,7 +134,7 @@ def without_resource(error: Error, resources: Collection[str], within_s: float) 
     return Why(
         f"it is of no resource of this host: {error}",
         f"if another resource was meant ({here}), delete the backstore and create it anew. Else write or mend "
-        f"that file: the LUN is served {within_s:g} s later, or at once after `systemctl reload tcmu-replication`",
+        f"that file: the LUN is served within {within_s:g} s, or at once after `systemctl reload tcmu-replication`",
     )
 
 
@@ -142,7 +142,7 @@ def with_unread_file(path: Path, within_s: float) -> Why:
     """Why a LUN is not served whose resource file `path` has only just become good."""
     return Why(
         f"{path} is good, and was not so when the daemon read it",
-        f"wait {within_s:g} s, or `systemctl reload tcmu-replication`",
+        f"wait up to {within_s:g} s, or `systemctl reload tcmu-replication`",
     )
 
 

@@ -72,6 +72,9 @@ class FilesKernel:
         shutil.rmtree(self._store(uio))
         self._tell("remove", uio)
 
+    def close(self) -> None:
+        os.close(self._events)
+
     def _store(self, uio: str) -> Path:
         return self.place / "core/user_0" / f"store-{uio}"
 

@@ -76,8 +76,10 @@ class Daemon:
 
 
 @pytest.fixture
-def kernel(tmp_path: Path) -> FilesKernel:
-    return FilesKernel(tmp_path / "kernel")
+def kernel(tmp_path: Path) -> Iterator[FilesKernel]:
+    kernel = FilesKernel(tmp_path / "kernel")
+    yield kernel
+    kernel.close()
 
 
 @pytest.fixture
@@ -102,7 +104,7 @@ def test_each_lun_that_cannot_be_served_says_why_and_is_served_when_that_is_mend
         "uio1": (f"{toml}: file: found No such file", "this host has disk0"),
         "uio2": (f"created with {SIZE // 2} bytes, disk0 has {SIZE}", f"create it with size={SIZE}"),
         "uio3": ("blocks of 4096 bytes, disk0 has blocks of 512", "create it with hw_block_size=512"),
-        "uio4": ("the mailbox has version 3; this handler speaks 2", "served when it can be"),
+        "uio4": ("the mailbox has version 3; this handler speaks 2", "serves it when it can"),
         "uio5": (f"file/{image}: found: No such file", "expected an image file or a block device"),
     }
 

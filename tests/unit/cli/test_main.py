@@ -477,9 +477,9 @@ def test_status_shows_first_the_luns_that_nobody_serves_and_is_4(workers: Worker
     assert result.exit_code == exits.ABSENT
     table, *paragraphs = result.stdout.rstrip("\n").split("\n\n")
     lines = table.splitlines()
-    assert lines[1].split()[:4] == ["uio1", "replication/disk0", "LUN", "NO"]
+    assert lines[1].split()[:4] == ["uio1", "store-uio1", "LUN", "NO"]
     assert "not served" in lines[1]
-    assert lines[2].startswith("uio2 replication/nope")
+    assert lines[2].startswith("uio2 store-uio2")
     assert [line.split()[0] for line in lines[3:]] == ["disk0", "disk1"]
     since = "NOT SERVED since 2026-01-02 03:04:05 UTC"
     assert paragraphs == [

@@ -747,7 +747,7 @@ def test_lun_that_its_worker_refuses_says_why_and_is_served_when_it_can_be(
         await fake.tell("ready")
         row = await rig.until_lun("uio0", "unserved", "was created with 1 byte")
         assert (row["worker"], row["pid"]) == ("disk0", fake.pid)
-        assert "tried again every" in row["advice"]
+        assert "the worker tries again every" in row["advice"]
         await fake.tell("refuse in use")
         again = await rig.until_lun("uio0", "unserved", "in use")
         assert again["since"] == row["since"]
