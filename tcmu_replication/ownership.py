@@ -109,7 +109,7 @@ def judge(entry: str, mode: int, owner: int, use: Use, trusted: Collection[int])
         return Fault(
             f"{entry}, which belongs to {_user(owner)}",
             f"{' or '.join(_user(user) for user in sorted(trusted))} as its owner: see what was made of it, "
-            f"then `{chown} root {name}`",
+            f"then `{chown} root {name}`. Or, of a worker that runs as {_user(owner)}, ask as that user",
         )
     row = use.if_roots if owner == _ROOT and use.if_roots is not None else use
     extra = mode & row.refused

@@ -159,9 +159,13 @@ class Worker:
             self.process.terminate()
             self.process.wait(PATIENCE_S)
 
-    def cli(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """A command of the operator on this host."""
-        done = subprocess.run([*self._command, *words], capture_output=True, text=True, timeout=PATIENCE_S)
+    def cli(
+        self, *words: str, check: bool = True, user: int | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """A command of the operator on this host, or of another `user`."""
+        done = subprocess.run(
+            [*_becoming(user), *self._command, *words], capture_output=True, text=True, timeout=PATIENCE_S
+        )
         if check:
             assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}\n{self.log.read_text()}"
         return done

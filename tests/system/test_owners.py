@@ -59,6 +59,9 @@ def test_secondary_as_a_user_of_its_own(base: Path, reads: str) -> None:
     if reads == "root's files, as its group":
         os.chown(beta.secret, 0, SOMEBODY)
         beta.secret.chmod(0o640)
+    told = beta.cli("check", check=False)
+    assert f"of a worker that runs as user {SOMEBODY}, ask as that user" in told.stderr
+    assert beta.cli("check", user=SOMEBODY).returncode == 0
     with pair:
         pair.replicate()
         pair.alpha.io("write -P 0x22 0 1M", "flush")
