@@ -329,6 +329,7 @@ class PairBackstore(Backstore):
             superseded_at=manifest.superseded_at or None,
             promoted_at=manifest.promoted_at or None,
             suspect=manifest.suspect,
+            checkpoint_under_way_since=engine.checkpoint_since,
             not_ready=None if engine.top.not_ready is None else str(engine.top.not_ready),
             job=None if job is None else f"{job.type} {100 * job.offset // max(1, job.length)} %",
         )
@@ -672,7 +673,6 @@ class SecondaryBackstore(PairBackstore):
             ._replace(
                 last_forwarded_at=engine.last_forwarded or None,
                 comparing=(0, engine.disk.length) if unknown else None,
-                checkpoint_under_way_since=engine.checkpoint_since,
             )
         )
 

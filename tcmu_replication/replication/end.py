@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import datetime
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import msgspec
@@ -28,7 +28,8 @@ LONGEST = 1000
 class End:
     """The base of `Primary` and `Secondary`. `directory` holds the manifest of resource `name` over `disk`.
 
-    `disk_name` is what the kernel calls the disk, or "".
+    `disk_name` is what the kernel calls the disk, or "". `checkpoint_since`: when the
+    checkpoint under way began.
     """
 
     mode: Mode
@@ -41,6 +42,7 @@ class End:
         self.manifest = Manifest(name, self.mode, Stage.NONE, disk.length)
         self._disk_name = disk_name
         self._directory = directory
+        self.checkpoint_since: str | None = None
         self._opened = False
         self._ended = False
         self._lock = asyncio.Lock()
@@ -80,6 +82,15 @@ class End:
                 context = {"message": f"a command of {self.name} met a defect", "exception": defect}
                 asyncio.get_running_loop().call_exception_handler(context)
                 raise
+
+    @contextmanager
+    def _showing_a_checkpoint(self) -> Iterator[None]:
+        """Within it `status` says that one is under way, and since when."""
+        self.checkpoint_since = now()
+        try:
+            yield
+        finally:
+            self.checkpoint_since = None
 
     @asynccontextmanager
     async def _quiet(self) -> AsyncIterator[None]:

@@ -680,31 +680,34 @@ class Primary(End):
         it has moved: a checkpoint that was given up never gets later writes.
         """
         async with self._command():
-            if self.machine.ask(Operation.CHECKPOINT) is Action.IGNORE:
-                return None
+            with self._showing_a_checkpoint():
+                return await self._make_checkpoint(name or str(uuid.uuid4()))
+
+    async def _make_checkpoint(self, name: str) -> float | None:
+        if self.machine.ask(Operation.CHECKPOINT) is Action.IGNORE:
+            return None
+        self._refuse_checkpoint()
+        # Ours may be behind: a checkpoint whose answer was lost has moved the secondary alone.
+        epoch = (await self._ours()).epoch
+        await self._peer.prepare(epoch)
+        began = time.monotonic()
+        async with self._quiet():
             self._refuse_checkpoint()
-            # Ours may be behind: a checkpoint whose answer was lost has moved the secondary alone.
-            epoch = (await self._ours()).epoch
-            await self._peer.prepare(epoch)
-            began = time.monotonic()
-            name = name or str(uuid.uuid4())
-            async with self._quiet():
-                self._refuse_checkpoint()
-                try:
-                    state = await self._peer.checkpoint(epoch, name)
-                except Error as error:
-                    if self.remote is not None:
-                        self.remote.renew(f"the checkpoint of epoch {epoch} was not confirmed: {error}")
-                    raise
-                pause = (time.monotonic() - began) * 1000
-            self._save(
-                epoch=state.epoch,
-                checkpoint_id=name,
-                checkpoint_at=now(),
-                checkpoint_pause_ms=round(pause, 3),
-            )
-            log.info("%s: checkpoint, epoch %d, paused for %.1f ms", self.name, state.epoch, pause)
-            return pause
+            try:
+                state = await self._peer.checkpoint(epoch, name)
+            except Error as error:
+                if self.remote is not None:
+                    self.remote.renew(f"the checkpoint of epoch {epoch} was not confirmed: {error}")
+                raise
+            pause = (time.monotonic() - began) * 1000
+        self._save(
+            epoch=state.epoch,
+            checkpoint_id=name,
+            checkpoint_at=now(),
+            checkpoint_pause_ms=round(pause, 3),
+        )
+        log.info("%s: checkpoint, epoch %d, paused for %.1f ms", self.name, state.epoch, pause)
+        return pause
 
     def _refuse_checkpoint(self) -> None:
         if self._waiting is not None:

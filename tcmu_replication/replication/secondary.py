@@ -110,7 +110,6 @@ class Secondary(End):
         self._peer_name = peer_name
         self._forwarded_writes = 0
         self.heard = Heard() if heard is None else heard
-        self.checkpoint_since: str | None = None
         self.settled = 0
         disk.on_lost = self._disk_lost
 
@@ -399,36 +398,33 @@ class Secondary(End):
         same name is made once. A failure before the manifest is replaced leaves the old
         epoch in force.
         """
-        self.checkpoint_since = self.checkpoint_since or now()
-        try:
-            return await self._make_checkpoint(name)
-        finally:
-            self.checkpoint_since = None
+        async with self._command():
+            with self._showing_a_checkpoint():
+                return await self._make_checkpoint(name)
 
     async def _make_checkpoint(self, name: str) -> float | None:
-        async with self._command():
-            if self.machine.ask(Operation.CHECKPOINT) is Action.IGNORE:
-                return None
-            if name and name == self.manifest.checkpoint_id:
-                return self.manifest.checkpoint_pause_ms
-            if self._backup is None or self._export is None or self._pair is None:
-                raise Error(Kind.INVALID_STATE, stages.BACKUP_GONE)
-            self._check_ejected(self._pair)
-            await self._prepare()
-            new, self._next = self._next, None
-            assert new is not None
-            began = time.monotonic()
-            self._export.hold()
-            self.top.hold()
-            try:
-                return await self._switch(new, self._export, began, name)
-            except BaseException:
-                if self._pair is not new:  # else the manifest names it
-                    new.destroy()
-                raise
-            finally:
-                self.top.release()
-                self._export.release()
+        if self.machine.ask(Operation.CHECKPOINT) is Action.IGNORE:
+            return None
+        if name and name == self.manifest.checkpoint_id:
+            return self.manifest.checkpoint_pause_ms
+        if self._backup is None or self._export is None or self._pair is None:
+            raise Error(Kind.INVALID_STATE, stages.BACKUP_GONE)
+        self._check_ejected(self._pair)
+        await self._prepare()
+        new, self._next = self._next, None
+        assert new is not None
+        began = time.monotonic()
+        self._export.hold()
+        self.top.hold()
+        try:
+            return await self._switch(new, self._export, began, name)
+        except BaseException:
+            if self._pair is not new:  # else the manifest names it
+                new.destroy()
+            raise
+        finally:
+            self.top.release()
+            self._export.release()
 
     async def prepare_checkpoint(self, epoch: int) -> None:
         """Do now what the checkpoint that ends `epoch` would else do while requests are held."""
