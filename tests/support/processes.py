@@ -207,7 +207,8 @@ class Pair:
     """Both workers, running; use as a context. `certificates` has a directory for each host's [tls].
 
     Without them the link has a shared secret, unless `secrets`, by host, or `trust` of `link` says otherwise.
-    `port` is where the secondary serves NBD, `control_port` where it takes peer commands.
+    `port` is where the secondary serves NBD, `control_port` where it takes peer commands. With `relayed` the
+    primary looks for them elsewhere: `relayed` says for each such port where it has to lead (see `network`).
     """
 
     def __init__(
@@ -218,11 +219,13 @@ class Pair:
         link: dict[str, object] | None = None,
         certificates: dict[str, Path] | None = None,
         secrets: dict[str, bytes] | None = None,
+        relayed: bool = False,
         **resource: object,
     ):
         self.port = free_port()
         self.control_port = free_port()
         ports = {"port": self.port, "control-port": self.control_port}
+        self.relayed = {free_port(): port for port in ports.values()} if relayed else {}
         document = {"name": "disk0", "size": size, **{k.replace("_", "-"): v for k, v in resource.items()}}
         if secrets is None:
             secrets = {} if certificates or "trust" in (link or {}) else dict.fromkeys(HOSTS, SECRET)
@@ -231,7 +234,7 @@ class Pair:
                 base,
                 host,
                 document,
-                {**ports, **(link or {})},
+                {**(self._ports_of(host) or ports), **(link or {})},
                 certificates=(certificates or {}).get(host),
                 secret=secrets.get(host),
             )
@@ -242,6 +245,9 @@ class Pair:
     def equal(self) -> bool:
         """Whether both disks have the same bytes now."""
         return self.alpha.disk.read_bytes() == self.beta.disk.read_bytes()
+
+    def _ports_of(self, host: str) -> dict[str, object]:
+        return dict(zip(("port", "control-port"), self.relayed, strict=False)) if host == "alpha" else {}
 
     def __enter__(self) -> Pair:
         try:
