@@ -367,7 +367,7 @@ class Primary(End):
 
     def _news(self) -> News:
         manifest = self.manifest
-        if self._waiting is not None or self.stage is not Stage.RUNNING or not manifest.outdated_at:
+        if self.stage is not Stage.RUNNING or not manifest.outdated_at:
             return News(verified=manifest.verified and self.stage is Stage.RUNNING)
         return News(manifest.verified, manifest.outdated_at, self.machine.error or "", self.out_of_sync_bytes)
 
@@ -829,6 +829,7 @@ class Primary(End):
                 )
             if self._pulse is not None:
                 await self._pulse.stop()
+                await self._tell_of_the_end()
             await self._end_tasks()
             async with self._quiet():
                 self._save(stage=Stage.DONE, error=None, outdated_at="", written_alone=self._differs_by_now())
@@ -839,6 +840,18 @@ class Primary(End):
             await self._hang_up()
             log.info("%s: stopped, serving the disk alone", self.name)
             return True
+
+    async def _tell_of_the_end(self) -> None:
+        """The LUN goes on alone: the secondary has to know, should it ever be asked for the latest."""
+        if self.manifest.outdated_at:
+            return  # it knows
+        news = News(self.manifest.verified, now(), "replication was stopped there")
+        try:
+            await self._peer.hello(news)
+        except Error as error:
+            log.warning(
+                "%s: %s could not be told that this host goes on alone: %s", self.name, self._peer_name, error
+            )
 
     def _differs_by_now(self) -> bool:
         """Whether the disks are not known to be equal, so that nobody may vouch for it later."""

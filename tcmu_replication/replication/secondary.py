@@ -109,6 +109,7 @@ class Secondary(End):
         self._in_use = in_use
         self._peer_name = peer_name
         self._forwarded_writes = 0
+        self._told = False  # the primary has said since this process began what there is to know
         self.heard = Heard() if heard is None else heard
         self.settled = 0
         disk.on_lost = self._disk_lost
@@ -561,6 +562,14 @@ class Secondary(End):
                 f"the disks of {self.name} were not found to be equal yet (start compares them): this one may have "
                 f"old data anywhere. If {self._peer_name} can be brought back, do that. --force serves what is here",
             )
+        if manifest.paired and not self._told:
+            raise Error(
+                Kind.INVALID_STATE,
+                f"{self._peer_name} was not heard since the worker of {self.name} was started here: it may have gone "
+                f"on without this host, and what it then acknowledged is not here.{last} If {self._peer_name} can be "
+                f"brought back, do that: status says then whether anything is missing.{to_checkpoint} --force serves "
+                "what is here",
+            )
 
     async def stop(self, *, force: bool = False) -> bool:
         """End replication with a last checkpoint: the LUN serves what the primary wrote. False if ignored.
@@ -668,6 +677,7 @@ class Secondary(End):
         manifest = self.manifest
         if self.stage is not Stage.RUNNING or generation != manifest.generation:
             return
+        self._told = True
         changes: dict[str, object] = {}
         if not manifest.paired:
             changes["paired"] = True

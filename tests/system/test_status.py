@@ -55,13 +55,13 @@ def test_checkpoint_on_a_link_that_refuses_connections_says_who_is_missing_and_w
 
 
 def test_stopped_pair_is_not_protected_on_either_host(tmp_path: Path) -> None:
-    """`none` and `done` were exit status 0 too."""
+    """`none` and `done` were exit status 0 too. The secondary has heard that the primary goes on alone."""
     with Pair(tmp_path, size=16 << 20) as pair:
         pair.replicate()
-        for worker in (pair.alpha, pair.beta):
+        for worker, status in ((pair.alpha, exits.UNPROTECTED), (pair.beta, exits.FAILED)):
             worker.cli("stop", "disk0")
             told = worker.cli("errors", "disk0", check=False)
-            assert told.returncode == exits.UNPROTECTED
+            assert told.returncode == status
             assert "replication is not running" in told.stdout
 
 
