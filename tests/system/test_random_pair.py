@@ -16,8 +16,8 @@ import pytest
 
 from tcmu_replication.units import KiB, MiB
 from tests.support.nbd import FLUSH, TRIM, WRITE, ZEROES, Nbd, Request
-from tests.support.processes import Pair
 from tests.support.network import Network
+from tests.support.processes import Pair
 from tests.support.tools import PATIENCE_S
 
 SIZE = 8 * MiB
