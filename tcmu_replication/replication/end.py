@@ -43,6 +43,7 @@ class End:
         self._disk_name = disk_name
         self._directory = directory
         self.checkpoint_since: str | None = None
+        self._unwritten = False  # the manifest in memory knows more than the file
         self._opened = False
         self._ended = False
         self._lock = asyncio.Lock()
@@ -156,13 +157,18 @@ class End:
         )
         manifests.save(self._directory, new, self.manifest)
         self.manifest = new
+        self._unwritten = False
 
     def _write_down(self, **changes: object) -> bool:
         """As `_save`, where the event that is noted has happened whether it can be noted or not; whether it could."""
         try:
             self._save(**changes)
         except Error as error:
-            log.error("%s: and that could not be written down: %s", self.name, error)
+            if not self._unwritten:
+                log.error("%s: and that could not be written down: %s", self.name, error)
+            # Who asks hears of it, and the next save has it.
+            self.manifest = msgspec.structs.replace(self.manifest, **changes)
+            self._unwritten = True
             return False
         return True
 

@@ -43,6 +43,7 @@ class Missed:
         self.complete = True
         self._length = length
         self._map: AllocationMap | None = None
+        self._sending = False
         self._meanwhile: list[tuple[int, int]] = []  # marked while something was being sent
 
     @property
@@ -73,7 +74,8 @@ class Missed:
         if self._map is None:
             self.complete = False
             return False
-        self._meanwhile.append(_blocks(offset, length))
+        if self._sending:
+            self._meanwhile.append(_blocks(offset, length))
         try:
             self._map.mark(*_blocks(offset, length), HERE)
         except Error as error:
@@ -99,15 +101,21 @@ class Missed:
                 return
             batch.append(piece)
             if len(batch) == UNDER_WAY:
-                await self._send(batch, disk, peer, stopped)
+                await self._send(batch, disk, peer)
                 batch = []
-        await self._send(batch, disk, peer, stopped)
+        await self._send(batch, disk, peer)
 
-    async def _send(
-        self, batch: Iterable[tuple[int, int]], disk: Node, peer: Node, stopped: Callable[[], bool]
-    ) -> None:
+    async def _send(self, batch: Iterable[tuple[int, int]], disk: Node, peer: Node) -> None:
+        self._sending = True
+        try:
+            await self._send_and_see(batch, disk, peer)
+        finally:
+            self._sending = False
+            self._meanwhile.clear()
+
+    async def _send_and_see(self, batch: Iterable[tuple[int, int]], disk: Node, peer: Node) -> None:
+        """Take the mark of what arrived away, if nothing marked it anew."""
         sent: list[tuple[int, int, Error | None, Pending | None]] = []
-        self._meanwhile.clear()
         for offset, length in batch:
             error, pending = attempt(_copy, disk, peer, offset, length)
             sent.append((offset, length, error, pending))
@@ -126,7 +134,6 @@ class Missed:
                 start < last_block and first_block < end for start, end in self._meanwhile
             ):
                 self._map.mark(first_block, last_block, ABSENT)
-        self._meanwhile.clear()
         if first is not None:
             raise first
 

@@ -114,7 +114,7 @@ class Primary(End):
         self._peer_name = peer_name
         self._removed = False
         self._waiting: Manifest | None = None
-        self._given_up: str = ""
+        self._waits_on: str = ""
         self._in_flight: InFlight | None = None
         self._compare: Compare | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -318,8 +318,23 @@ class Primary(End):
         if self._is_promoted(state):
             await self._end_waiting()
             self._supersede(state)
+        elif not state.generation:
+            return await self._wait_on(
+                f"this host was down, and {self._peer_name} knows nothing of this pair: the file system of its "
+                "overlays may not be mounted. Mount it and restart the worker there. Only if that is lost for good "
+                f"and {self._peer_name} was surely not promoted: tcmu-replication start {self.name} --force"
+            )
         else:
             await self._take_up(found)
+        return True
+
+    async def _wait_on(self, reason: str) -> bool:
+        """Not ready still, and since the peer has spoken for another reason. Whether that is new."""
+        if self._waits_on == reason:
+            return False
+        self._waits_on = reason
+        log.error("%s: not ready: %s", self.name, reason)
+        await self._install(NotReady(self.mirror, reason, waits=True))
         return True
 
     async def _take_up(self, found: Manifest) -> None:
@@ -359,6 +374,8 @@ class Primary(End):
 
     async def _beat(self) -> None:
         """Once a second: tell and hear."""
+        if self._unwritten:
+            self._write_down()
         state = await self._beats.hello(self._news())
         self.heard.note()
         if self.stage is Stage.RUNNING:
@@ -904,14 +921,12 @@ class Primary(End):
 
     def _missed(self, offset: int, length: int, error: Error) -> None:
         """The filter: the peer did not get this range."""
-        if length == 0:
-            return  # a flush: nothing differs by it
         whole = self.missed.complete
         self.missed.mark(offset, length)
         if not self.manifest.outdated_at:
             self._open_gap(Error(error.kind, f"not forwarded: {error}"))
-        elif whole and not self.missed.complete:
-            self._write_down(map_complete=False)
+        elif self._unwritten or (whole and not self.missed.complete):
+            self._write_down(map_complete=self.missed.complete)
 
     def _open_gap(self, error: Error) -> None:
         """From now on the secondary misses what is written: record it before any of that is acknowledged."""
@@ -935,7 +950,7 @@ class Primary(End):
 
     def _written_alone(self) -> None:
         """The first write to the LUN while nothing is replicated."""
-        if self.manifest.written_alone or self._write_down(written_alone=True):
+        if (self.manifest.written_alone and not self._unwritten) or self._write_down(written_alone=True):
             self.mirror.alone = None
 
     def _disk_lost(self, error: Error) -> None:

@@ -717,7 +717,7 @@ class Secondary(End):
         self.filter.alone = self._written_alone
 
     def _written_alone(self) -> None:
-        if self.manifest.written_alone or self._write_down(written_alone=True):
+        if (self.manifest.written_alone and not self._unwritten) or self._write_down(written_alone=True):
             self.filter.alone = None
 
     async def _end_backup(self) -> None:

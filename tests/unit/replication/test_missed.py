@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -53,3 +54,18 @@ def test_map_that_begins_anew_replaces_a_link_and_not_what_it_leads_to(tmp_path:
     missed.open()
     assert missed.bytes == BLOCK
     missed.close()
+
+
+def test_marks_of_a_long_gap_take_no_memory(tmp_path: Path) -> None:
+    """Each missed write was remembered beside its mark, for as long as the process lived."""
+    missed = Missed(tmp_path / "out-of-sync.map", 4 * MiB)
+    missed.open()
+    missed.mark(0, BLOCK)
+    tracemalloc.start()
+    try:
+        for _ in range(20000):
+            missed.mark(0, BLOCK)
+        assert tracemalloc.get_traced_memory()[0] < 100_000
+    finally:
+        tracemalloc.stop()
+        missed.close()

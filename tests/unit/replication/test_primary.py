@@ -17,6 +17,7 @@ from tcmu_replication.replication import manifest as manifests
 from tcmu_replication.replication import stages
 from tcmu_replication.replication.peer_state import PeerState
 from tcmu_replication.replication.primary import Primary
+from tcmu_replication.replication.pulse import Pulse
 from tcmu_replication.replication.stages import Mode, Stage
 from tcmu_replication.units import BLOCK, MiB
 from tests.support.tools import PATIENCE_S
@@ -710,5 +711,72 @@ def test_start_anew_that_fails_leaves_the_stage(site):
         assert site.engine.stage is Stage.DONE
         await site.write(0, 1)
         assert site.byte(0) == (1, 0)
+
+    run(site, story)
+
+
+def test_flush_that_the_peer_fails_is_the_end_of_forwarding_and_recorded(site):
+    """D4: what the peer has acknowledged may be lost there, and nothing is forwarded from then on."""
+
+    async def story():
+        await site.engine.start(Mode.PRIMARY)
+        await site.write(0, 1)
+
+        def flush():
+            raise Error(Kind.IO, "no medium")
+
+        site.theirs.flush = flush
+        pending = site.engine.top.flush()
+        site.engine.top.unplug()
+        await settle(pending)
+        assert not site.engine.forwards
+        assert "no medium" in site.engine.machine.error
+        assert manifests.load(site.state).outdated_at
+
+    run(site, story)
+
+
+def test_gap_that_cannot_be_written_down_is_told_to_the_peer_and_written_later(site, monkeypatch):
+    """D7: a read-only overlay directory does not make the secondary good."""
+
+    def refuse(*_):
+        raise Error(Kind.READ_ONLY, "read-only file system")
+
+    async def story():
+        await site.engine.start(Mode.PRIMARY)
+        with monkeypatch.context() as patch:
+            patch.setattr(manifests, "save", refuse)
+            await site.vanish()
+            await site.write(0, 1)
+        await site.serve()
+        with pytest.raises(Error, match="misses writes since"):
+            await site.engine.verify()
+        assert site.news.outdated_at
+        await site.write(BLOCK, 1)
+        assert manifests.load(site.state).outdated_at
+
+    run(site, story)
+
+
+def test_primary_that_was_down_waits_if_the_secondary_has_no_memory_of_the_pair(site, monkeypatch):
+    """D8: it may have been promoted, and its overlay directory not be mounted."""
+
+    async def story():
+        await site.engine.start(Mode.PRIMARY)
+        monkeypatch.setattr(boot, "boot_id", lambda: "another boot")
+        site.peer = PeerState(Stage.NONE, 0, "", LENGTH, None)
+        await site.engine.close()
+        site.engine = Primary(
+            "disk0", site.disk, site.connect, site, site.state, pulse=Pulse("disk0", 0.01), peer_name="beta"
+        )
+        await site.engine.open()
+        while "knows nothing of this pair" not in str(site.engine.top.not_ready):
+            await asyncio.sleep(0)
+        with pytest.raises(Error, match="knows nothing of this pair"):
+            await site.engine.start(Mode.PRIMARY)
+        site.peer = PeerState(Stage.RUNNING, 1, "generation-1", LENGTH, None)
+        while site.engine.top.not_ready is not None:
+            await asyncio.sleep(0)
+        assert site.engine.stage is Stage.RUNNING
 
     run(site, story)
