@@ -652,7 +652,9 @@ class SecondaryBackstore(PairBackstore):
         running = self.engine.stage is Stage.RUNNING
         heard = self.engine.heard
         # A host that lost power leaves its connection open. QEMU is not heard any other way.
-        connected = running and self._server.server.connections > 0 and (self._theirs.qemu or heard.alive)
+        # One that is outdated gets nothing any more, though its connection may be there a moment longer.
+        forwards = running and not self.engine.manifest.outdated_at and self._server.server.connections > 0
+        connected = forwards and (self._theirs.qemu or heard.alive)
         return schema.Link(
             state="connected" if connected else "listening" if running else "none",
             peer=self._peer_name,
