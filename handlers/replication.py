@@ -326,6 +326,7 @@ class PairBackstore(Backstore):
             error_since=manifest.error_at or None,
             outdated_since=manifest.outdated_at or None,
             detached_since=manifest.detached_at or None,
+            lost_since=manifest.lost_at or None,
             superseded_at=manifest.superseded_at or None,
             promoted_at=manifest.promoted_at or None,
             suspect=manifest.suspect,

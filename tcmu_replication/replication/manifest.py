@@ -71,6 +71,7 @@ class Manifest(msgspec.Struct, frozen=True, rename="kebab", forbid_unknown_field
     `suspect`             why the checkpoint may not be exact any more
     `outdated_at`         of a secondary: since when the primary goes on without it
     `detached_at`         of a primary: since when only the peer has all that is written
+    `lost_at`             of a primary: since when its disk may lack what was flushed
     `map_complete`        whether the map of missed writes names every block that may differ
     `superseded_at`       of a primary: when it heard that its peer was promoted
     `promoted_at`         of a secondary: when it was promoted
@@ -98,6 +99,7 @@ class Manifest(msgspec.Struct, frozen=True, rename="kebab", forbid_unknown_field
     suspect: str | None = None
     outdated_at: str = ""
     detached_at: str = ""
+    lost_at: str = ""
     map_complete: bool = True
     superseded_at: str = ""
     promoted_at: str = ""

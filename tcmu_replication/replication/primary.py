@@ -590,6 +590,7 @@ class Primary(End):
             verified=verified,
             outdated_at="",
             detached_at="",
+            lost_at="",
             superseded_at="",
             map_complete=True,
             written_alone=False,
@@ -960,7 +961,7 @@ class Primary(End):
             "lost here"
         )
         log.critical("%s: %s", self.name, self.machine.error)
-        self._write_down()
+        self._write_down(lost_at=self.manifest.lost_at or now())
         self._stage_changed()
 
     def _report(self, failure: Failure) -> None:

@@ -27,6 +27,7 @@ class Facts(NamedTuple):
 
     `error` is the recorded one. `outdated_since`: the secondary misses what was written
     since then. `detached_since`: this primary's disk failed, the peer alone serves since
+    then. `lost_since`: this primary's disk may lack what was flushed since about
     then. `not_ready`: why the LUN answers NOT READY. `superseded_at` and `promoted_at`:
     when the peer, and when this host, was promoted. `suspect`: why the checkpoint may
     be damaged. `comparing`: bytes done and in all of the comparison that a start
@@ -58,6 +59,7 @@ class Facts(NamedTuple):
     comparing: tuple[int, int] | None = None
     resending_bytes: int = 0
     detached_since: str | None = None
+    lost_since: str | None = None
     not_ready: str | None = None
     not_ready_since: str | None = None
     superseded_at: str | None = None
@@ -204,6 +206,15 @@ TABLE: tuple[Row, ...] = (
         "replication has not begun: what {peer} writes is not here, and the LUN of this host answers I/O errors",
         ("stage_since",),
         START,
+    ),
+    Row(
+        "primary-lost-writes",
+        lambda f: _primary(f) and bool(f.lost_since) and not f.outdated_since,
+        "failed",
+        "the disk of {host} could not make writes durable, and may lack some; {peer} has all that is written",
+        ("lost_since",),
+        "stop the initiators of {name} and log them out, then fail over on {peer} (`tcmu-replication failover {name} "
+        "--to latest`, there) and let them use {peer}. The disk of {host} may be old: let nobody use it",
     ),
     Row(
         "primary-outdated",

@@ -780,3 +780,17 @@ def test_primary_that_was_down_waits_if_the_secondary_has_no_memory_of_the_pair(
         assert site.engine.stage is Stage.RUNNING
 
     run(site, story)
+
+
+def test_disk_that_could_not_make_writes_durable_is_remembered_as_the_one_that_lacks_them(site):
+    """D4: status advised to copy it over the secondary's disk, which has them."""
+
+    async def story():
+        await site.engine.start(Mode.PRIMARY)
+        site.disk.on_lost(Error(Kind.IO, "no medium"))
+        await site.reopen()
+        assert site.engine.manifest.lost_at
+        assert "no medium" in site.engine.machine.error
+        assert site.engine.forwards
+
+    run(site, story)

@@ -34,6 +34,7 @@ CASES: dict[str, Facts] = {
     "stopped": facts(stage=Stage.DONE, stage_since=THEN),
     "primary-none": facts(stage=Stage.NONE),
     "secondary-none": facts("secondary", stage=Stage.NONE),
+    "primary-lost-writes": facts(lost_since=THEN, error="could not make writes durable", error_since=THEN),
     "primary-outdated": facts(outdated_since=THEN, outdated_reason="not forwarded: the link was lost"),
     "secondary-outdated": facts("secondary", outdated_since=THEN, outdated_reason="alpha goes on"),
     "primary-error": facts(
@@ -132,7 +133,7 @@ def test_advice_never_skips_the_comparison(name: str) -> None:
     assert "--force" not in said
 
 
-@pytest.mark.parametrize("name", ["superseded", "stopped", "promoted", "detached"])
+@pytest.mark.parametrize("name", ["superseded", "stopped", "promoted", "detached", "primary-lost-writes"])
 def test_old_disk_is_never_copied_over_the_new_one(name: str) -> None:
     assert "copy" not in (judge(CASES[name]).advice or "")
 
@@ -183,6 +184,8 @@ def test_protected_only_if_every_fact_is_good(found: Facts) -> None:
         found.comparing is not None,
         found.resending_bytes,
         found.detached_since,
+        found.lost_since,
+        found.hangs,
         found.not_ready,
         found.superseded_at,
         found.suspect,
