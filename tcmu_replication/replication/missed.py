@@ -84,6 +84,11 @@ class Missed:
             self.complete = False
         return self.complete
 
+    def flush(self) -> None:
+        """Make what is marked stable. Raises `Error`."""
+        if self._map is not None:
+            self._map.flush()
+
     def close(self) -> None:
         """Close the map; what is marked stays. Twice is fine."""
         if self._map is not None:

@@ -263,6 +263,7 @@ class Primary(End):
                     flushed = self.mirror.flush()
                     self.mirror.unplug()
                     await settle(flushed)
+                    self.missed.flush()  # after a clean end nothing else says what differs
                     self._save(clean=True)
                 except Error as error:
                     log.error("%s: not stopped cleanly: %s", self.name, error)
@@ -442,9 +443,16 @@ class Primary(End):
             self._judge(state)
 
     def _superseded(self, at: str) -> str:
+        alone = self.manifest.outdated_at
+        only_here = (
+            f" What this host acknowledged since {alone}, when it went on alone, is on no other disk: save it before "
+            "this one is overwritten."
+            if alone
+            else ""
+        )
         return (
             f"{self._peer_name} was promoted at {at}: this host's disk is old from then on and is not served. Use "
-            f"{self._peer_name}. Only to give up what was written there, and go on with this host's disk: "
+            f"{self._peer_name}.{only_here} Only to give up what was written there, and go on with this host's disk: "
             f"tcmu-replication start {self.name} --force"
         )
 

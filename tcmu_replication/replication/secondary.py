@@ -535,6 +535,13 @@ class Secondary(End):
             f" The last forwarded write came at {manifest.last_forwarded}." if manifest.last_forwarded else ""
         )
         if not latest:
+            if manifest.paired and not manifest.verified:
+                raise Error(
+                    Kind.INVALID_STATE,
+                    f"the disks of {self.name} were not found to be equal yet (start compares them): the checkpoint "
+                    f"may be an image that {self._peer_name} never had. If {self._peer_name} can be brought back, do "
+                    "that. --force uses it as it is",
+                )
             if manifest.suspect is not None:
                 raise Error(
                     Kind.INVALID_STATE,

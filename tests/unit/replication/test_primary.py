@@ -794,3 +794,43 @@ def test_disk_that_could_not_make_writes_durable_is_remembered_as_the_one_that_l
         assert site.engine.forwards
 
     run(site, story)
+
+
+def test_marks_are_stable_before_a_clean_end_is_written_down(site, monkeypatch):
+    """D3: after a clean end and a loss of power nothing else says which blocks differ."""
+
+    async def story():
+        await site.engine.start(Mode.PRIMARY)
+        await site.vanish()
+        await site.write(0, 1)
+        synced = []
+        real = os.fdatasync
+
+        def note(fd):
+            synced.append(
+                (os.path.basename(os.readlink(f"/proc/self/fd/{fd}")), manifests.load(site.state).clean)
+            )
+            real(fd)
+
+        monkeypatch.setattr(os, "fdatasync", note)
+        await site.engine.close()
+        assert ("out-of-sync.map", False) in synced
+        assert manifests.load(site.state).clean
+
+    run(site, story)
+
+
+def test_promotion_of_the_peer_after_a_gap_says_that_some_writes_are_here_alone(site):
+    """D8: two hosts have acknowledged writes, and the advice was to copy the other's disk over this one."""
+
+    async def story():
+        await site.engine.start(Mode.PRIMARY)
+        await site.vanish()
+        await site.write(0, 1)
+        site.peer = site.peer._replace(stage=Stage.DONE, promoted_at="2026-01-02T03:04:05+00:00")
+        with pytest.raises(Error, match="is on no other disk: save it"):
+            await site.engine.verify()
+        while site.engine.top.not_ready is None:
+            await asyncio.sleep(0)
+
+    run(site, story)

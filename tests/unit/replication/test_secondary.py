@@ -17,6 +17,7 @@ from tcmu_replication.jobs.job import JobStatus
 from tcmu_replication.replication import manifest as manifests
 from tcmu_replication.replication import stages
 from tcmu_replication.replication.epochs import Epochs, Pair
+from tcmu_replication.replication.peer_state import News
 from tcmu_replication.replication.secondary import Secondary
 from tcmu_replication.replication.stages import Mode, Stage
 from tcmu_replication.units import BLOCK, MiB
@@ -1111,3 +1112,20 @@ def test_command_that_meets_a_defect_is_told_to_the_loop(tmp_path):
 
     run(play())
     assert [type(found) for found in seen] == [KeyError]
+
+
+def test_failover_before_the_disks_were_compared_is_refused_either_way(site):
+    """D6: the first checkpoint is the secondary's disk, which the primary's may never have been."""
+
+    async def story():
+        await started(site)
+        await site.engine.hear(site.engine.manifest.generation, News(verified=False))
+        for latest in (True, False):
+            with pytest.raises(Error, match="were not found to be equal yet"):
+                await site.engine.failover(latest=latest, fenced=True)
+        await site.engine.hear(site.engine.manifest.generation, News(verified=True))
+        assert await site.engine.failover(latest=False, fenced=True)
+        await site.committed()
+        await site.engine.close()
+
+    run(story())
