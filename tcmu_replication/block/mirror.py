@@ -96,10 +96,10 @@ class Mirror(Node):
         """Stop writing to the replica. Nothing may be in flight."""
         self.replica = self._peer = self._in_flight = None
 
-    def refuse(self, error: Error) -> None:
+    def refuse(self, error: Error | None) -> None:
         """From now on what the peer does not take is the caller's error, `error`; also what is under way.
 
-        For a host that must not go on alone: its peer was promoted.
+        For a host that must not go on alone: its peer was promoted, or what differs cannot be written down.
         """
         self._refusal = error
 

@@ -82,9 +82,9 @@ class Forward(Node):
     """The primary's filter: sends writes to `remote`, until one fails: that opens the `gap`.
 
     `missed(offset, length, error)` is told of each range that the peer did not
-    get, and such a failure is answered with success. A mirror that has lost its own
-    disk sets `alone`: then the peer's word is final, and since nobody else has what
-    it does not take there is no gap.
+    get. If it says that this is written down, the failure is answered with success,
+    else with the error. A mirror that has lost its own disk sets `alone`: then the
+    peer's word is final, and since nobody else has what it does not take there is no gap.
 
     A flush that does not reach the peer opens no gap, for nothing differs by it:
     the remote node sends one as soon as the link is back. One that the peer
@@ -95,7 +95,7 @@ class Forward(Node):
         self,
         name: str,
         remote: Node,
-        missed: Callable[[int, int, Error], None],
+        missed: Callable[[int, int, Error], bool],
         gap: Error | None = None,
     ) -> None:
         super().__init__(name, remote.length, remote)
@@ -159,7 +159,7 @@ class Forward(Node):
         if length or (self.gap is None and error.kind not in _NOT_REACHED):
             if self.gap is None:
                 self.gap = error
-            self._missed(offset, length, error)
+            return not self._missed(offset, length, error)
         return False
 
 

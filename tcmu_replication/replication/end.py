@@ -160,7 +160,10 @@ class End:
         self._unwritten = False
 
     def _write_down(self, **changes: object) -> bool:
-        """As `_save`, where the event that is noted has happened whether it can be noted or not; whether it could."""
+        """As `_save`, where the event that is noted has happened whether it can be noted or not; whether it could.
+
+        What could not is true all the same, and goes along with the next save.
+        """
         try:
             self._save(**changes)
         except Error as error:

@@ -202,13 +202,16 @@ class Primary(End):
 
     def _resume(self, found: Manifest) -> None:
         """Go on as a running primary after a restart of this process or of this host."""
+        has_map = self.missed.path.exists()
         self.missed.open()
-        if not found.map_complete:
+        if not found.map_complete or not has_map:
             self.missed.complete = False
         self._in_flight = InFlight(self._in_flight_path, self.disk.length)
         this_boot = boot.boot_id()
         outdated_at = found.outdated_at
         reason = None if found.clean else self._what_was_under_way(this_boot)
+        if not has_map and not found.detached_at:
+            reason = reason or f"{self.missed.path} is gone: what the secondary misses is not known"
         if reason is not None:
             self._record(reason)
             outdated_at = outdated_at or now()
@@ -928,14 +931,18 @@ class Primary(End):
         if not self.out_of_sync_bytes:
             log.info("%s: what may have differed was sent again", self.name)
 
-    def _missed(self, offset: int, length: int, error: Error) -> None:
-        """The filter: the peer did not get this range."""
-        whole = self.missed.complete
+    def _missed(self, offset: int, length: int, error: Error) -> bool:
+        """The filter: the peer did not get this range, or fails a flush. Whether it is written down."""
         self.missed.mark(offset, length)
         if not self.manifest.outdated_at:
             self._open_gap(Error(error.kind, f"not forwarded: {error}"))
-        elif self._unwritten or (whole and not self.missed.complete):
+        elif self._unwritten or self.manifest.map_complete != self.missed.complete:
             self._write_down(map_complete=self.missed.complete)
+        refusal = None
+        if self._unwritten:
+            refusal = Error(Kind.IO, f"{self._peer_name} misses this write, and that cannot be written down")
+        self.mirror.refuse(refusal)
+        return refusal is None
 
     def _open_gap(self, error: Error) -> None:
         """From now on the secondary misses what is written: record it before any of that is acknowledged."""
@@ -976,7 +983,8 @@ class Primary(End):
         """The mirror: a child failed."""
         if failure.final and failure.child == self.disk.name and failure.operation not in ("read", "flush"):
             # The peer may have taken it. What is on this disk now is what both shall have.
-            self.missed.mark(failure.offset, failure.length)
+            if not self.missed.mark(failure.offset, failure.length) and self.stage is Stage.RUNNING:
+                self._open_gap(Error(failure.error.kind, f"the disks differ, it is not known where: {failure.error}"))
             self._heal()
         if failure.child == self.disk.name and failure.operation == "flush" and self.machine.error is None:
             self._disk_lost(failure.error)

@@ -128,3 +128,104 @@ def test_d1_disk_serves_again_once_it_was_made_whole(tmp_path: Path, restarted: 
         pair.alpha.kill()
         pair.alpha.start()
         pair.alpha.io("read -P 0x55 0 1M")
+
+
+# --- D2: what cannot be written down
+
+
+RECORD = "open overlays/manifest EROFS"
+MAP = "write out-of-sync.map EIO"
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_d2_write_that_would_be_on_one_side_is_not_acknowledged_without_a_record(
+    tmp_path: Path, end: Callable[[Worker], None]
+) -> None:
+    with breakable(tmp_path) as pair:
+        replicate(pair)
+        pair.beta.pause()
+        break_medium(pair.alpha, RECORD, MAP)
+        for _ in range(2):
+            assert "write failed" in pair.alpha.io("write -P 0x22 0 64k", check=False).stdout
+        break_medium(pair.alpha)
+        end(pair.alpha)
+        pair.alpha.start()
+        status = pair.alpha.status()
+        assert status["error"] is not None
+        assert status["outdated-since"] is not None
+        pair.beta.resume()
+        until(lambda: pair.beta.status()["outdated-since"], "beta was told")
+        assert pair.alpha.cli("checkpoint", "disk0", check=False).returncode == exits.STATE
+
+
+def test_d2_record_that_can_be_written_again_lets_the_lun_go_on_alone(tmp_path: Path) -> None:
+    with breakable(tmp_path) as pair:
+        replicate(pair)
+        pair.beta.pause()
+        break_medium(pair.alpha, RECORD)
+        assert "write failed" in pair.alpha.io("write -P 0x22 0 64k", check=False).stdout
+        break_medium(pair.alpha)
+        pair.alpha.io("write -P 0x33 0 64k", "flush", "read -P 0x33 0 64k")
+        pair.alpha.stop()
+        pair.alpha.start()
+        assert "not forwarded" in pair.alpha.status()["error"]
+        assert pair.alpha.status()["outdated-since"] is not None
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_d2_map_that_cannot_be_written_is_known_to_be_no_map(
+    tmp_path: Path, end: Callable[[Worker], None]
+) -> None:
+    """The record says that the disks differ, and not where: the write is acknowledged."""
+    with breakable(tmp_path) as pair:
+        replicate(pair)
+        pair.beta.pause()
+        break_medium(pair.alpha, MAP)
+        pair.alpha.io("write -P 0x22 0 64k", "flush")
+        break_medium(pair.alpha)
+        end(pair.alpha)
+        pair.alpha.start()
+        assert pair.alpha.status()["outdated-since"] is not None
+        pair.beta.resume()
+        until(lambda: pair.beta.status()["outdated-since"], "beta was told")
+        told = pair.alpha.cli("checkpoint", "disk0", check=False)
+        assert "at least" in told.stderr
+
+
+# --- D12: the peer has what this disk refused
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_d12_write_that_the_local_disk_refused_counts_until_both_are_equal(
+    tmp_path: Path, end: Callable[[Worker], None]
+) -> None:
+    with breakable(tmp_path) as pair:
+        replicate(pair)
+        pair.alpha.io("write -P 0x11 0 1M", "flush")
+        break_medium(pair.alpha, "write disk.img EIO", "read disk.img EIO")
+        assert "write failed" in pair.alpha.io("write -P 0x22 0 64k", check=False).stdout
+        for _ in range(2):
+            status = pair.alpha.status()
+            assert status["out-of-sync-bytes"] == 64 * 1024
+            assert not status["protection"]["protected"]
+            refused = pair.alpha.cli("checkpoint", "disk0", check=False)
+            assert "64 KiB are still being sent" in refused.stderr
+            end(pair.alpha)
+            pair.alpha.start()
+        break_medium(pair.alpha)
+        until(lambda: protected(pair.alpha), "the secondary has what this disk has")
+        assert pair.equal
+        assert first(pair.beta) == 0x11
+        pair.alpha.cli("checkpoint", "disk0")
+
+
+def test_d12_write_that_was_refused_and_cannot_be_marked_is_a_gap(tmp_path: Path) -> None:
+    with breakable(tmp_path) as pair:
+        replicate(pair)
+        break_medium(pair.alpha, "write disk.img EIO", MAP)
+        assert "write failed" in pair.alpha.io("write -P 0x22 0 64k", check=False).stdout
+        break_medium(pair.alpha)
+        pair.alpha.kill()
+        pair.alpha.start()
+        assert pair.alpha.status()["outdated-since"] is not None
+        assert pair.alpha.cli("checkpoint", "disk0", check=False).returncode == exits.STATE
