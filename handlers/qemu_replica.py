@@ -86,7 +86,7 @@ class NamedReplica:
         assert self._connect is not None
         if self._given is None:
             self._child = False
-            self._idle = Forward("replication", self._connect(), lambda *missed: None)
+            self._idle = Forward("replication", self._connect(), lambda *missed: True)
         self._given = names
 
     def forget(self) -> None:

@@ -326,11 +326,12 @@ class PairBackstore(Backstore):
             error_since=manifest.error_at or None,
             outdated_since=manifest.outdated_at or None,
             detached_since=manifest.detached_at or None,
-            lost_since=manifest.lost_at or None,
             superseded_at=manifest.superseded_at or None,
             promoted_at=manifest.promoted_at or None,
             suspect=manifest.suspect,
             checkpoint_under_way_since=engine.checkpoint_since,
+            disk_error=manifest.disk_error,
+            peer_disk_error=manifest.peer_disk_error,
             not_ready=None if engine.top.not_ready is None else str(engine.top.not_ready),
             job=None if job is None else f"{job.type} {100 * job.offset // max(1, job.length)} %",
         )
@@ -717,6 +718,7 @@ class SecondaryBackstore(PairBackstore):
                 arguments.outdated_since,
                 one_line(arguments.reason),
                 arguments.missed_bytes,
+                one_line(arguments.disk_error),
             ),
         )
         if arguments.settled:

@@ -87,6 +87,7 @@ class PeerHello(Document, frozen=True, kw_only=True):
     It is given every second too. With `settled` it is answered when no other command is
     under way. `verified`: both disks are known to be equal. `outdated_since`: since then
     the secondary misses writes, `reason` says why, and `missed_bytes` how much is known.
+    `disk_error`: why the primary's own disk may lack what was acknowledged.
     """
 
     resource: Text
@@ -97,6 +98,7 @@ class PeerHello(Document, frozen=True, kw_only=True):
     outdated_since: Time = ""
     reason: LongText = ""
     missed_bytes: Count = 0
+    disk_error: LongText = ""
 
 
 class PeerState(Document, frozen=True, kw_only=True):

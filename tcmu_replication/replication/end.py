@@ -135,7 +135,7 @@ class End:
         self.manifest = msgspec.structs.replace(
             self.manifest,
             sequence=found.sequence,
-            written_alone=found.written_alone or bool(found.outdated_at),
+            written_alone=found.written_alone or bool(found.outdated_at or found.disk_error),
         )
 
     def _record(self, reason: str) -> None:

@@ -69,9 +69,10 @@ class Manifest(msgspec.Struct, frozen=True, rename="kebab", forbid_unknown_field
     `paired`              of a secondary: its primary has been connected in this generation
     `verified`            both disks were compared, or vouched for, since start
     `suspect`             why the checkpoint may not be exact any more
+    `disk_error`          of a primary: why its disk may lack what was acknowledged
+    `peer_disk_error`     of a secondary: the same of the primary's disk, as that has told
     `outdated_at`         of a secondary: since when the primary goes on without it
     `detached_at`         of a primary: since when only the peer has all that is written
-    `lost_at`             of a primary: since when its disk may lack what was flushed
     `map_complete`        whether the map of missed writes names every block that may differ
     `superseded_at`       of a primary: when it heard that its peer was promoted
     `promoted_at`         of a secondary: when it was promoted
@@ -97,9 +98,10 @@ class Manifest(msgspec.Struct, frozen=True, rename="kebab", forbid_unknown_field
     paired: bool = False
     verified: bool = True
     suspect: str | None = None
+    disk_error: str | None = None
+    peer_disk_error: str | None = None
     outdated_at: str = ""
     detached_at: str = ""
-    lost_at: str = ""
     map_complete: bool = True
     superseded_at: str = ""
     promoted_at: str = ""

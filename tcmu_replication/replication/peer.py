@@ -70,6 +70,8 @@ class ControlPeer:
                 "reason": one_line(news.reason, schema.TEXT),
                 "missed-bytes": news.missed_bytes,
             }
+        if news.disk_error:
+            arguments["disk-error"] = one_line(news.disk_error, schema.TEXT)
         state = state_of(await self._call("peer-hello", arguments))
         if settled:
             self._settled = state.settled

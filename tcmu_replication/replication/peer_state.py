@@ -32,13 +32,15 @@ class News(NamedTuple):
 
     `verified`: both disks are known to be equal. `outdated_at`: since when the
     secondary misses writes, "" if it misses none; `reason` says why, and
-    `missed_bytes` how much is known to differ.
+    `missed_bytes` how much is known to differ. `disk_error`: why the primary's own disk may lack
+    what was acknowledged, "" if it does not.
     """
 
     verified: bool = False
     outdated_at: str = ""
     reason: str = ""
     missed_bytes: int = 0
+    disk_error: str = ""
 
 
 class Peer(Protocol):

@@ -41,10 +41,10 @@ from tcmu_replication.block.offload import BACKGROUND, Offload
 from tcmu_replication.block.pending import settle
 from tcmu_replication.block.remote import Remote, State
 from tcmu_replication.block.replication import Forward, NotReady
-from tcmu_replication.errors import Error, Kind
+from tcmu_replication.errors import Error, Kind, one_line
 from tcmu_replication.jobs.compare import Compare, Difference, digests
 from tcmu_replication.jobs.job import Job, JobStatus
-from tcmu_replication.replication.end import End, now
+from tcmu_replication.replication.end import LONGEST, End, now
 from tcmu_replication.replication.manifest import Manifest
 from tcmu_replication.replication.missed import Missed
 from tcmu_replication.replication.peer_state import News, Peer, PeerState
@@ -389,8 +389,15 @@ class Primary(End):
     def _news(self) -> News:
         manifest = self.manifest
         if self.stage is not Stage.RUNNING or not manifest.outdated_at:
-            return News(verified=manifest.verified and self.stage is Stage.RUNNING)
-        return News(manifest.verified, manifest.outdated_at, self.machine.error or "", self.out_of_sync_bytes)
+            verified = manifest.verified and self.stage is Stage.RUNNING
+            return News(verified=verified, disk_error=manifest.disk_error or "")
+        return News(
+            manifest.verified,
+            manifest.outdated_at,
+            self.machine.error or "",
+            self.out_of_sync_bytes,
+            manifest.disk_error or "",
+        )
 
     def _is_promoted(self, state: PeerState) -> bool:
         return bool(state.promoted_at) and state.generation == self.manifest.generation
@@ -553,7 +560,7 @@ class Primary(End):
             known.append(f"the record has an error ({self.manifest.error or before.error})")
         if self.manifest.outdated_at:
             known.append(f"the secondary misses writes since {self.manifest.outdated_at}")
-        if self.manifest.superseded_at or self.manifest.detached_at:
+        if self.manifest.superseded_at or self.manifest.detached_at or self.manifest.disk_error:
             known.append("this host's disk is older than the secondary's")
         if known:
             raise Error(
@@ -601,8 +608,8 @@ class Primary(End):
             verified=verified,
             outdated_at="",
             detached_at="",
-            lost_at="",
             superseded_at="",
+            disk_error=None if verified else self.manifest.disk_error,
             map_complete=True,
             written_alone=False,
         )
@@ -692,7 +699,7 @@ class Primary(End):
                     f"{job.first}",
                 )
             )
-        elif self._write_down(verified=True):
+        elif self._write_down(verified=True, disk_error=None):
             log.info("%s: both disks are equal", self.name)
             with contextlib.suppress(Error):  # else the next beat tells it
                 await self._peer.hello(self._news())
@@ -971,20 +978,31 @@ class Primary(End):
 
     def _disk_lost(self, error: Error) -> None:
         """A sync of the local disk failed: what was written since the last one may be on no medium here."""
-        self._record(
+        reason = one_line(
             f"this host's disk could not make writes durable: {error}. What was written since the flush before may be "
-            "lost here"
+            "lost here",
+            LONGEST,
         )
-        log.critical("%s: %s", self.name, self.machine.error)
-        self._write_down(lost_at=self.manifest.lost_at or now())
+        self._record(reason)
+        log.critical("%s: %s", self.name, reason)
+        self._write_down(disk_error=self.manifest.disk_error or reason)
         self._stage_changed()
+        if self.stage is Stage.RUNNING:
+            self._spawn(self._tell())
+
+    async def _tell(self) -> None:
+        """Tell the peer the news now, and not with the next beat."""
+        with contextlib.suppress(Error):
+            await self._beats.hello(self._news())
 
     def _report(self, failure: Failure) -> None:
         """The mirror: a child failed."""
         if failure.final and failure.child == self.disk.name and failure.operation not in ("read", "flush"):
             # The peer may have taken it. What is on this disk now is what both shall have.
             if not self.missed.mark(failure.offset, failure.length) and self.stage is Stage.RUNNING:
-                self._open_gap(Error(failure.error.kind, f"the disks differ, it is not known where: {failure.error}"))
+                self._open_gap(
+                    Error(failure.error.kind, f"the disks differ, it is not known where: {failure.error}")
+                )
             self._heal()
         if failure.child == self.disk.name and failure.operation == "flush" and self.machine.error is None:
             self._disk_lost(failure.error)
@@ -1008,6 +1026,7 @@ class Primary(End):
             self._save(
                 detached_at=at,
                 error=self.machine.error or DETACHED,
+                disk_error=self.manifest.disk_error or DETACHED,
                 error_at=self.manifest.error_at or at,
             )
         except Error as error:
@@ -1018,5 +1037,6 @@ class Primary(End):
         self._record(DETACHED)
         assert self.filter is not None
         self.filter.alone = True
+        self._spawn(self._tell())
         log.critical("%s: the local disk failed; the secondary serves from now on", self.name)
         return True

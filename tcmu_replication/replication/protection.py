@@ -27,8 +27,8 @@ class Facts(NamedTuple):
 
     `error` is the recorded one. `outdated_since`: the secondary misses what was written
     since then. `detached_since`: this primary's disk failed, the peer alone serves since
-    then. `lost_since`: this primary's disk may lack what was flushed since about
-    then. `not_ready`: why the LUN answers NOT READY. `superseded_at` and `promoted_at`:
+    then. `disk_error`: why this primary's disk may lack what was acknowledged, `peer_disk_error` the
+    same of the peer's. `not_ready`: why the LUN answers NOT READY. `superseded_at` and `promoted_at`:
     when the peer, and when this host, was promoted. `suspect`: why the checkpoint may
     be damaged. `comparing`: bytes done and in all of the comparison that a start
     begins. `resending_bytes`: what goes to the peer again after a crash.
@@ -59,7 +59,6 @@ class Facts(NamedTuple):
     comparing: tuple[int, int] | None = None
     resending_bytes: int = 0
     detached_since: str | None = None
-    lost_since: str | None = None
     not_ready: str | None = None
     not_ready_since: str | None = None
     superseded_at: str | None = None
@@ -67,6 +66,8 @@ class Facts(NamedTuple):
     suspect: str | None = None
     checkpoint_under_way_since: str | None = None
     removed: bool = False
+    disk_error: str | None = None
+    peer_disk_error: str | None = None
     job: str | None = None
     hangs: str | None = None
 
@@ -148,6 +149,24 @@ TABLE: tuple[Row, ...] = (
         "--to latest`, there) and let them use {peer}. The disk of {host} is old: let nobody use it",
     ),
     Row(
+        "disk-error-alone",
+        lambda f: _primary(f) and bool(f.disk_error) and bool(f.outdated_since),
+        "failed",
+        "{disk_error}; and {peer} misses what was written since then: neither disk has everything",
+        ("outdated_since",),
+        "stop the initiators of {name} and log them out. Let neither disk go over the other: save what the LUN of "
+        "{host} shows on a third disk, check it there, and decide then. Do not end the worker before that",
+    ),
+    Row(
+        "disk-error",
+        lambda f: _primary(f) and f.stage is Stage.RUNNING and bool(f.disk_error) and f.comparing is None,
+        "failed",
+        "{disk_error}. {peer} has all that was acknowledged",
+        ("error_since",),
+        "stop the initiators of {name} and log them out, then fail over on {peer} (`tcmu-replication failover {name} "
+        "--to latest`, there) and let them use {peer}. The disk of {host} must not go over that of {peer}",
+    ),
+    Row(
         "commit-failed",
         lambda f: f.stage is Stage.FAILOVER_FAILED,
         "failed",
@@ -208,15 +227,6 @@ TABLE: tuple[Row, ...] = (
         START,
     ),
     Row(
-        "primary-lost-writes",
-        lambda f: _primary(f) and bool(f.lost_since) and not f.outdated_since,
-        "failed",
-        "the disk of {host} could not make writes durable, and may lack some; {peer} has all that is written",
-        ("lost_since",),
-        "stop the initiators of {name} and log them out, then fail over on {peer} (`tcmu-replication failover {name} "
-        "--to latest`, there) and let them use {peer}. The disk of {host} may be old: let nobody use it",
-    ),
-    Row(
         "primary-outdated",
         lambda f: _primary(f) and bool(f.outdated_since),
         "unprotected",
@@ -249,6 +259,14 @@ TABLE: tuple[Row, ...] = (
         ("error_since",),
         "keep {peer} serving: a failover here may lose what it has written. To make this host good again: "
         + COPY,
+    ),
+    Row(
+        "peer-disk-error",
+        lambda f: f.stage is Stage.RUNNING and bool(f.peer_disk_error),
+        "failed",
+        "the disk of {peer} may lack what was acknowledged ({peer_disk_error}); this host has all of it",
+        advice="stop the initiators of {name} and log them out, then fail over here (`tcmu-replication failover {name} "
+        "--to latest`) and let them use {host}. The disk of {peer} must not go over that of {host}",
     ),
     Row(
         "suspect",
@@ -400,6 +418,8 @@ def _values(facts: Facts) -> dict[str, str]:
         "link": facts.link_reason or facts.link_state,
         "not_ready": facts.not_ready or "",
         "suspect": facts.suspect or "",
+        "disk_error": facts.disk_error or "",
+        "peer_disk_error": facts.peer_disk_error or "",
         "job": facts.job or "see its job",
         "hangs": facts.hangs or "",
         "missed": format_size(facts.out_of_sync_bytes),

@@ -354,6 +354,8 @@ class Secondary(End):
                     paired=False,
                     verified=False,
                     suspect=None,
+                    disk_error=None,
+                    peer_disk_error=None,
                     outdated_at="",
                     promoted_at="",
                     superseded_at="",
@@ -651,9 +653,11 @@ class Secondary(End):
 
     def _disk_lost(self, error: Error) -> None:
         """A sync of the disk failed: acknowledged writes may be on no medium."""
-        self._lost(
-            f"this host's disk could not make writes durable: {error}. Forwarded writes may be lost here"
-        )
+        reason = f"this host's disk could not make writes durable: {error}. Forwarded writes may be lost here"
+        if self._durable:  # each block that may be lost was saved before it was overwritten
+            self._lost(reason)
+        else:
+            self._lost(reason, suspect=self.manifest.suspect or reason)
 
     def _overlay_lost(self, error: Error) -> None:
         """A sync of an overlay failed: the checkpoint and own writes may be on no medium."""
@@ -697,9 +701,12 @@ class Secondary(End):
             )
             log.error("%s: outdated: %s", self.name, self.machine.error)
             changes["outdated_at"] = news.outdated_at
+        if news.disk_error and not manifest.peer_disk_error:
+            log.error("%s: %s says: %s", self.name, self._peer_name, news.disk_error)
+            changes["peer_disk_error"] = news.disk_error
         if changes:
             self._save(**changes)
-            if "outdated_at" in changes:
+            if "outdated_at" in changes or "peer_disk_error" in changes:
                 self._stage_changed()
 
     async def _watch_primary(self) -> None:

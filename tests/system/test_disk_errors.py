@@ -229,3 +229,104 @@ def test_d12_write_that_was_refused_and_cannot_be_marked_is_a_gap(tmp_path: Path
         pair.alpha.start()
         assert pair.alpha.status()["outdated-since"] is not None
         assert pair.alpha.cli("checkpoint", "disk0", check=False).returncode == exits.STATE
+
+
+# --- D4: a sync that failed
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize(
+    ("what", "where"), [("disk", "disk.img"), ("overlay", "hidden.data"), ("overlay", "hidden.map")]
+)
+def test_d4_sync_that_failed_on_the_secondary_is_known_to_both_for_good(
+    tmp_path: Path, what: str, where: str, end: Callable[[Worker], None]
+) -> None:
+    with breakable(tmp_path) as pair:
+        replicate(pair)
+        pair.alpha.io("write -P 0x11 0 1M", "flush")
+        pair.alpha.cli("checkpoint", "disk0")
+        break_medium(pair.beta, f"sync {where} EIO")
+        pair.alpha.io("write -P 0x22 0 1M", "flush")
+        until(lambda: pair.alpha.status()["outdated-since"], "alpha has heard of it")
+        break_medium(pair.beta)
+        for worker in (pair.beta, pair.alpha):
+            end(worker)
+            worker.start()
+        for worker in (pair.alpha, pair.beta):
+            assert worker.status()["error"] is not None
+            assert not protected(worker)
+        pair.alpha.kill()
+        refused = pair.beta.cli("failover", "disk0", "--to", "latest", "--fenced", check=False)
+        assert refused.returncode == exits.STATE
+        assert "injected into sync" in refused.stderr
+        if what == "overlay":
+            refused = pair.beta.cli("failover", "disk0", "--to", "checkpoint", "--fenced", check=False)
+            assert refused.returncode == exits.STATE
+            assert "may be damaged: an overlay could not be made durable" in refused.stderr
+        else:
+            pair.beta.cli("failover", "disk0", "--to", "checkpoint", "--fenced", "--wait")
+            pair.beta.io("read -P 0x11 0 1M")
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_d4_sync_that_failed_on_the_primary_is_known_to_both_and_the_secondary_may_be_promoted(
+    tmp_path: Path, end: Callable[[Worker], None]
+) -> None:
+    with breakable(tmp_path) as pair:
+        replicate(pair)
+        break_medium(pair.alpha, "sync disk.img EIO")
+        assert "failed" in pair.alpha.io("write -P 0x22 0 1M", "flush", check=False).stdout
+        until(lambda: level(pair.beta) == "failed", "beta was told")
+        break_medium(pair.alpha)
+        for worker in (pair.alpha, pair.beta):
+            end(worker)
+            worker.start()
+        for worker in (pair.alpha, pair.beta):
+            assert level(worker) == "failed"
+            assert "could not make writes durable" in worker.status()["protection"]["words"]
+            assert "fail over" in worker.status()["protection"]["advice"]
+        pair.alpha.kill()
+        pair.beta.cli("failover", "disk0", "--to", "latest", "--fenced")
+        pair.beta.io("read -P 0x22 0 1M")
+
+
+# --- D5: a directory is of one disk
+
+
+@pytest.mark.parametrize("host", ["alpha", "beta"])
+def test_d5_directory_beside_another_disk_is_refused(tmp_path: Path, host: str) -> None:
+    with breakable(tmp_path) as pair:
+        replicate(pair)
+        worker = getattr(pair, host)
+        worker.stop()
+        mine, other = worker.disk, worker.disk.with_name("other.img")
+        other.write_bytes(mine.read_bytes())
+        mine.rename(mine.with_name("kept.img"))
+        other.rename(mine)
+        told = worker.refuse_to_start()
+        for words in (
+            f"inode {mine.stat().st_ino}",
+            "was written for the disk",
+            "move the directory's files away",
+        ):
+            assert words in " ".join(told.split())
+        mine.with_name("kept.img").rename(mine)
+        worker.start()
+        until(lambda: protected(worker), "it is the pair's disk again")
+
+
+def test_d5_directory_that_was_emptied_is_not_served_where_the_peer_knows_the_pair(tmp_path: Path) -> None:
+    with breakable(tmp_path) as pair:
+        replicate(pair)
+        pair.alpha.io("write -P 0x11 0 64k", "flush")
+        pair.alpha.kill()
+        for path in pair.alpha.overlays.iterdir():
+            path.unlink()
+        pair.alpha.start()
+        until(
+            lambda: "knows disk0 as a pair" in (pair.alpha.status()["not-ready"] or ""), "beta has answered"
+        )
+        assert "failed" in pair.alpha.io("read 0 64k", check=False).stdout
+        assert "failed" in pair.alpha.io("write -P 0x22 0 64k", check=False).stdout
+        assert first(pair.alpha) == 0x11
+        assert pair.alpha.cli("start", "disk0", "--assume-clean", check=False).returncode == exits.STATE

@@ -27,6 +27,8 @@ CASES: dict[str, Facts] = {
     "superseded": facts(superseded_at=THEN, stage=Stage.DONE, error="beta was promoted", link_state="none"),
     "not-ready": facts(not_ready="this host was down; beta is asked", not_ready_since=THEN),
     "detached": facts(detached_since=THEN, error="the local disk failed; the secondary serves"),
+    "disk-error-alone": facts(disk_error="a sync failed", outdated_since=THEN),
+    "disk-error": facts(disk_error="a sync failed", error="a sync failed", error_since=THEN),
     "commit-failed": facts("secondary", stage=Stage.FAILOVER_FAILED, error="no space", error_since=THEN),
     "commit": facts("secondary", stage=Stage.FAILOVER, promoted_at=THEN, job="commit 45 %"),
     "promoted": facts("secondary", stage=Stage.DONE, promoted_at=THEN),
@@ -34,13 +36,13 @@ CASES: dict[str, Facts] = {
     "stopped": facts(stage=Stage.DONE, stage_since=THEN),
     "primary-none": facts(stage=Stage.NONE),
     "secondary-none": facts("secondary", stage=Stage.NONE),
-    "primary-lost-writes": facts(lost_since=THEN, error="could not make writes durable", error_since=THEN),
     "primary-outdated": facts(outdated_since=THEN, outdated_reason="not forwarded: the link was lost"),
     "secondary-outdated": facts("secondary", outdated_since=THEN, outdated_reason="alpha goes on"),
     "primary-error": facts(
         error="not forwarded: the link was lost", error_since=THEN, out_of_sync_bytes=4096
     ),
     "secondary-error": facts("secondary", error="a sync failed", error_since=THEN),
+    "peer-disk-error": facts("secondary", peer_disk_error="a sync failed"),
     "suspect": facts("secondary", suspect="an overlay could not be synced"),
     "removed": facts(removed=True),
     "map-incomplete": facts(map_complete=False),
@@ -133,7 +135,10 @@ def test_advice_never_skips_the_comparison(name: str) -> None:
     assert "--force" not in said
 
 
-@pytest.mark.parametrize("name", ["superseded", "stopped", "promoted", "detached", "primary-lost-writes"])
+@pytest.mark.parametrize(
+    "name",
+    ["superseded", "stopped", "promoted", "detached", "disk-error", "disk-error-alone", "peer-disk-error"],
+)
 def test_old_disk_is_never_copied_over_the_new_one(name: str) -> None:
     assert "copy" not in (judge(CASES[name]).advice or "")
 
@@ -169,6 +174,7 @@ ANY = st.builds(
     suspect=TEXT,
     checkpoint_under_way_since=TIME,
     removed=st.booleans(),
+    disk_error=TEXT,
 )
 
 
@@ -184,12 +190,12 @@ def test_protected_only_if_every_fact_is_good(found: Facts) -> None:
         found.comparing is not None,
         found.resending_bytes,
         found.detached_since,
-        found.lost_since,
         found.hangs,
         found.not_ready,
         found.superseded_at,
         found.suspect,
         found.removed,
+        found.disk_error and found.role == "primary",
     ]
     verdict = judge(found)
     assert verdict.protected == (not any(bad))
