@@ -113,7 +113,7 @@ COPY = (
 """The only way back after a gap: there is no resync yet."""
 START = (
     "`tcmu-replication start {name}` on {secondary}, then on {primary}. It compares both disks; if they differ it says "
-    "so, and overwrites nothing"
+    "so, and copies neither over the other"
 )
 SEE_TO_THE_LINK = (
     "see whether {peer} is on, whether its worker runs (`tcmu-replication status {name}`, there), and whether the "
