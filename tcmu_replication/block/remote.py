@@ -20,6 +20,7 @@ import asyncio
 import enum
 from collections.abc import Awaitable, Callable
 
+from tcmu_replication.background import background
 from tcmu_replication.block.buffers import size
 from tcmu_replication.block.node import Buffers, Extent, Node
 from tcmu_replication.block.pending import Pending
@@ -280,7 +281,7 @@ class Remote(Node):
             self._set_state(State.LOST, reason)
             self._queue.fail_all(Error(error.kind, reason))
         if self.state is not State.CLOSED:
-            self._task = loop.create_task(self._reconnect())
+            self._task = background(self._reconnect())
 
     def _give_up(self) -> None:
         self._patience = None

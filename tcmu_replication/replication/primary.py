@@ -29,9 +29,11 @@ import logging
 import random
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
+from tcmu_replication.background import background
 from tcmu_replication.block import boot
 from tcmu_replication.block.gate import Gate
 from tcmu_replication.block.in_flight import InFlight
@@ -281,11 +283,8 @@ class Primary(End):
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _spawn(self, work: Awaitable[None]) -> asyncio.Task[None]:
-        async def run() -> None:
-            await work
-
-        task = asyncio.create_task(run())
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = background(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task

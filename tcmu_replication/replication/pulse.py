@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 
+from tcmu_replication.background import background
 from tcmu_replication.errors import Error
 from tcmu_replication.replication.end import now
 
@@ -67,7 +68,7 @@ class Pulse:
     def start(self, beat: Callable[[], Awaitable[None]]) -> None:
         """Begin, if it has not begun."""
         if self._task is None or self._task.done():
-            self._task = asyncio.get_running_loop().create_task(self._run(beat))
+            self._task = background(self._run(beat))
 
     async def stop(self) -> None:
         """End. Twice is fine; from within `beat` it ends after it."""

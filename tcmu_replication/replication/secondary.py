@@ -23,6 +23,7 @@ from collections.abc import Awaitable, Callable, Mapping
 
 import msgspec
 
+from tcmu_replication.background import background
 from tcmu_replication.block import boot
 from tcmu_replication.block.copy_before_write import CopyBeforeWrite
 from tcmu_replication.block.gate import Gate
@@ -637,7 +638,7 @@ class Secondary(End):
         self._export = Gate(self._backup)
         self._forwarded_writes = 0
         await self._publish(self._export)
-        self._watcher = asyncio.create_task(self._watch_primary())
+        self._watcher = background(self._watch_primary())
 
     def _forwarding_failed(self, error: Error) -> None:
         """A forwarded write was answered with an error: the primary knows, and so shall who looks here."""
@@ -671,7 +672,7 @@ class Secondary(End):
         self._write_down(**changes)
         self._stage_changed()
         if self._export is not None and (self._cutting is None or self._cutting.done()):
-            self._cutting = asyncio.create_task(self._cut(self._export))
+            self._cutting = background(self._cut(self._export))
 
     async def _cut(self, export: Gate) -> None:
         """Hang up on the primary; it may come back, and hears what is wrong."""
@@ -767,7 +768,7 @@ class Secondary(End):
         self._commit = Commit(f"commit-{self.name}", active, hidden, self.disk, self.top, threads)
         self.filter.reads = active
         self.filter.writes = Split(active, hidden, self.disk, self._commit.redo)
-        self._commit_task = asyncio.create_task(self._run_commit(self._commit, threads))
+        self._commit_task = background(self._run_commit(self._commit, threads))
 
     async def _run_commit(self, commit: Commit, threads: Offload) -> None:
         """Carry the commit to its end and take the stage where that leads."""
@@ -823,7 +824,7 @@ class Secondary(End):
             finally:
                 thread.close()
 
-        self._sweeper = asyncio.create_task(sweep())
+        self._sweeper = background(sweep())
 
 
 def _walk(node: Node) -> list[Node]:

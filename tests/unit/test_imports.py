@@ -26,7 +26,7 @@ PURE = [
 ]
 NO_IO = {"socket", "asyncio", "os", "mmap", "threading", "time", "select", "subprocess", "logging"}
 
-SHARED = ["errors", "units", "ownership", "tls", "secret", "prove", "listener", "dial"]
+SHARED = ["errors", "units", "ownership", "tls", "secret", "prove", "listener", "dial", "background"]
 # What each folder may import of the project, besides itself and SHARED.
 MAY = {
     "scsi": [],
@@ -110,6 +110,7 @@ def test_pure_modules_do_no_io(module, path):
         ("prove", {"secret"}),
         ("listener", {"errors"}),
         ("dial", set()),
+        ("background", set()),
     ],
 )
 def test_what_everything_may_import_imports_little(name, may):
