@@ -73,7 +73,7 @@ class Pair:
             host.write(f"/etc/tcmu-replication/{NAME}.toml", self.resource_file(**extra))
             host.write(f"/etc/tcmu-replication/{NAME}.secret", "what alpha and beta know\n")
             host.run(f"chmod 600 /etc/tcmu-replication/{NAME}.secret")
-            host.run(f"mkdir -p -m 700 {STATE}/{NAME}")
+            host.run(f"mkdir -p -m 700 {STATE}/{NAME} && sync")
 
     def start_daemons(self) -> None:
         """Starts the daemon on both hosts; returns when the resource's workers answer."""

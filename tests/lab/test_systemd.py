@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -21,8 +22,9 @@ WORKER = f"tcmu-replication-worker@{pair.NAME}.service"
 USER = "tcmu-replication"
 NBD = f"/run/tcmu-replication/{pair.NAME}.nbd"
 LUN = f"nbd+unix:///{pair.NAME}?socket={NBD}"
-INTERPRETER = "ProtectHome=read-only"
-"""The interpreter of the tests may lie in somebody's home."""
+IN_TMP = any(path.startswith(("/tmp/", "/var/tmp/")) for path in (sys.prefix, sys.executable, __file__))
+INTERPRETER = "ProtectHome=read-only" + ("\nPrivateTmp=no" if IN_TMP else "")
+"""The interpreter of the tests, and this checkout, may lie in somebody's home or in /tmp."""
 LOAD_S = 600
 
 
