@@ -22,8 +22,9 @@ cp -r {CONTRIB}/systemd/. /etc/systemd/system/
 cp -r {CONTRIB}/sysusers.d /etc/
 ln -sf "$(command -v tcmu-replication)" /usr/local/sbin/
 ln -s /dev/null /etc/systemd/system/systemd-udev-trigger.service
+mkdir -p /etc/tmpfiles.d && ln -sf /dev/null /etc/tmpfiles.d/tmp.conf
 """
-"""Nothing is to be seen of the machine's own services; devices that are there already are left as they are."""
+"""Nothing is to be seen of the machine's own services; devices that are there, and /tmp, are left as they are."""
 
 START = """
 exec nsenter --target 1 --mount unshare --mount --pid --fork --kill-child sh -ec '
