@@ -38,6 +38,9 @@ _FLAGS = PAGE // 8 - 2
 UNKNOWN = 1
 """A flag: more may differ than the places say, and it could not be noted anywhere else."""
 
+_PLACES = range(FILE_SIZE // 8 - 2, PAGE // 8 - 2, -2)
+"""Where each place begins, in words; the first is taken first."""
+
 
 class InFlight:
     """The log of one disk, open and mapped. `begin` and `end` are called around every write.
@@ -68,13 +71,13 @@ class InFlight:
         except OSError as error:
             raise from_os(error, f"map {path}") from error
         self._words = memoryview(self._bytes).cast("Q")
-        self._free = list(range(SLOTS - 1, -1, -1))
+        self._free = list(_PLACES)
 
     def clear(self) -> None:
         """Nothing is under way: begin anew, in this boot."""
         self._bytes[PAGE:] = bytes(FILE_SIZE - PAGE)
         self._bytes[:PAGE] = _header().ljust(PAGE, b"\0")
-        self._free = list(range(SLOTS - 1, -1, -1))
+        self._free = list(_PLACES)
 
     def begin(self, offset: int, length: int) -> int:
         """A write of this range begins; the answer is for `end`."""
@@ -82,9 +85,9 @@ class InFlight:
             self._words[_FLAGS + 1] += 1
             return -1
         slot = self._free.pop()
-        at = PAGE // 8 + 2 * slot
-        self._words[at] = offset
-        self._words[at + 1] = length
+        words = self._words
+        words[slot] = offset
+        words[slot + 1] = length
         return slot
 
     def end(self, slot: int) -> None:
@@ -92,7 +95,7 @@ class InFlight:
         if slot < 0:
             self._words[_FLAGS + 1] -= 1
             return
-        self._words[PAGE // 8 + 2 * slot + 1] = 0
+        self._words[slot + 1] = 0
         self._free.append(slot)
 
     def set_unknown(self) -> None:

@@ -195,36 +195,62 @@ class Mirror(Node):
 
     def _write_both(self, operation: str, offset: int, length: int, args: tuple) -> Pending | None:
         """Both writes at once; ends when both have ended, with the local disk's error."""
-        log = self._in_flight
-        slot = -1 if log is None else log.begin(offset, length)
-        try:
-            whole = self._write_each(operation, offset, length, args)
-        except Error:
+        log, disk, replica = self._in_flight, self.disk, self.replica
+        place = -1 if log is None else log.begin(offset, length)
+        failure: Error | None = None
+        local = remote = None
+        if disk is not None:
+            try:
+                local = getattr(disk, operation)(offset, *args)
+            except Error as error:
+                failure = self._judge(disk, operation, offset, length, error)
+        if replica is not None:
+            try:
+                remote = getattr(replica, operation)(offset, *args)
+            except Error as error:
+                failure = failure or self._judge(replica, operation, offset, length, error)
+        if replica is None or remote is None or local is not None:
+            return self._both(operation, offset, length, local, remote, failure, place)
+        # As nearly always: the local disk has answered, the peer has not. (One closure: every write pays for this.)
+        peer, whole = replica, Pending()
+
+        def ended(p: Pending) -> None:
+            late = failure
+            if p.error is not None:
+                late = late or self._judge(peer, operation, offset, length, p.error)
             if log is not None:
-                log.end(slot)
-            raise
-        if log is not None:
-            if whole is None:
-                log.end(slot)
-            else:
-                whole.then(lambda _: log.end(slot))
+                log.end(place)
+            whole.complete(late)
+
+        remote.then(ended)
         return whole
 
-    def _write_each(self, operation: str, offset: int, length: int, args: tuple) -> Pending | None:
-        replica = self.replica
-        local = None
-        if self.disk is not None:
-            error, local = attempt(getattr(self.disk, operation), offset, *args)
-            if error is not None or local is not None:
-                local = self._watched(self.disk, operation, offset, length, error, local, raising=False)
-        remote = None
-        if replica is not None:
-            error, remote = attempt(getattr(replica, operation), offset, *args)
-            if error is not None or remote is not None:
-                remote = self._watched(replica, operation, offset, length, error, remote, raising=False)
-        if local is None:
-            return remote
-        return gather((local, remote))
+    def _both(
+        self,
+        operation: str,
+        offset: int,
+        length: int,
+        local: Pending | None,
+        remote: Pending | None,
+        failure: Error | None,
+        place: int,
+    ) -> Pending | None:
+        """What `_write_both` returns where anything may be under way, or nothing."""
+        log = self._in_flight
+        parts = []
+        if local is not None and self.disk is not None:
+            parts.append(self._watched(self.disk, operation, offset, length, None, local))
+        if remote is not None and self.replica is not None:
+            parts.append(self._watched(self.replica, operation, offset, length, None, remote))
+        error, whole = attempt(gather, parts, failure)
+        if log is not None:
+            if whole is None:
+                log.end(place)
+            else:
+                whole.then(lambda _: log.end(place))
+        if error is not None:
+            raise error
+        return whole
 
     # --- failures
 
@@ -236,12 +262,8 @@ class Mirror(Node):
         length: int,
         error: Error | None,
         pending: Pending | None,
-        raising: bool = True,
     ) -> Pending | None:
-        """A child's outcome with its failure counted, and forgiven where that is the policy.
-
-        A failure that counts is raised, or with `raising` false returned as an ended Pending.
-        """
+        """A child's outcome with its failure counted, and forgiven where that is the policy; else it is raised."""
         if pending is not None:
             whole = Pending()
 
@@ -254,13 +276,9 @@ class Mirror(Node):
         if error is None:
             return None
         verdict = self._judge(child, operation, offset, length, error)
-        if verdict is None:
-            return None
-        if raising:
+        if verdict is not None:
             raise verdict
-        failed = Pending()
-        failed.complete(verdict)
-        return failed
+        return None
 
     def _judge(self, child: Node, operation: str, offset: int, length: int, error: Error) -> Error | None:
         """Report a child's failure; returns it if it is the caller's too."""

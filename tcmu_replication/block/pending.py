@@ -20,13 +20,14 @@ Callback = Callable[["Pending"], None]
 class Pending:
     """A request under way. `done` turns true once; then `error` is None or says why it failed."""
 
-    __slots__ = ("_callbacks", "done", "error", "value")
+    __slots__ = ("_first", "_more", "done", "error", "value")
 
     def __init__(self) -> None:
         self.done = False
         self.error: Error | None = None
         self.value: Any = None
-        self._callbacks: list[Callback] | None = None
+        self._first: Callback | None = None  # most have one only, and need no list
+        self._more: list[Callback] | None = None
 
     def complete(self, error: Error | None = None, value: Any = None) -> None:
         """End the request and call whoever waits, in the order in which they asked."""
@@ -34,18 +35,24 @@ class Pending:
         self.done = True
         self.error = error
         self.value = value
-        callbacks, self._callbacks = self._callbacks, None
-        for callback in callbacks or ():
-            callback(self)
+        first, more = self._first, self._more
+        self._first = self._more = None
+        if first is not None:
+            first(self)
+        if more is not None:
+            for callback in more:
+                callback(self)
 
     def then(self, callback: Callback) -> None:
         """Call `callback(self)` when the request has ended; at once if it already has."""
         if self.done:
             callback(self)
-        elif self._callbacks is None:
-            self._callbacks = [callback]
+        elif self._first is None:
+            self._first = callback
+        elif self._more is None:
+            self._more = [callback]
         else:
-            self._callbacks.append(callback)
+            self._more.append(callback)
 
     async def wait(self) -> Any:
         """For control code: wait for the end; returns `value`, raises `error`."""

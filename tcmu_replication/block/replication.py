@@ -132,18 +132,18 @@ class Forward(Node):
             # a state that this one never had, so they are missed too.
             self._miss(offset, length, self.gap)
             return None
-        error, pending = attempt(call, *args)
-        if error is not None:
+        try:
+            pending = call(*args)
+        except Error as error:
             self._miss(offset, length, error)
+            return None
         if pending is None:
             return None
         whole = Pending()
 
         def ended(p: Pending) -> None:
-            if p.error is not None and self._counts(offset, length, p.error):
-                whole.complete(p.error)
-            else:
-                whole.complete()
+            counts = p.error is not None and self._counts(offset, length, p.error)
+            whole.complete(p.error if counts else None)
 
         pending.then(ended)
         return whole
