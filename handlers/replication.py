@@ -31,8 +31,7 @@ from tcmu_replication.block.mirror import Failure
 from tcmu_replication.block.node import Node
 from tcmu_replication.block.offload import Offload
 from tcmu_replication.block.remote import Remote, State
-from tcmu_replication.control import qemu_block_schema, schema
-from tcmu_replication.control.qemu import ControllersCheckpoint, ControllersStart
+from tcmu_replication.control import schema
 from tcmu_replication.control.server import Handler as CommandHandler
 from tcmu_replication.control.server import Server as ControlServer
 from tcmu_replication.control.session import Session
@@ -42,28 +41,29 @@ from tcmu_replication.daemon.config import QemuHost, Resource
 from tcmu_replication.daemon.handler import Backstore, Context, Handler
 from tcmu_replication.daemon.host_check import check_certificates, check_host
 from tcmu_replication.errors import Error, Kind, one_line
+from tcmu_replication.frontend.link_server import LinkServer
 from tcmu_replication.frontend.nbd import Export
 from tcmu_replication.frontend.nbd import Server as NbdServer
 from tcmu_replication.jobs.compare import digests
 from tcmu_replication.nbd.uri import Tcp, Unix
+from tcmu_replication.qemu import block_schema
+from tcmu_replication.qemu.blockdev import Blockdev
+from tcmu_replication.qemu.colo import ControllersCheckpoint, ControllersStart
+from tcmu_replication.qemu.exports import Exports
+from tcmu_replication.qemu.graph import Graph
+from tcmu_replication.qemu.human import Human
+from tcmu_replication.qemu.jobs import Jobs
+from tcmu_replication.qemu.peer import QemuPeer
+from tcmu_replication.qemu.replica import NamedReplica
 from tcmu_replication.replication.epochs import Epochs
 from tcmu_replication.replication.peer import ControlPeer
 from tcmu_replication.replication.peer_state import News, Peer
 from tcmu_replication.replication.primary import Primary
 from tcmu_replication.replication.protection import Facts, judge
 from tcmu_replication.replication.pulse import Heard, Pulse
-from tcmu_replication.replication.qemu_peer import QemuPeer
 from tcmu_replication.replication.secondary import Secondary
 from tcmu_replication.replication.stages import Mode, Stage
 from tcmu_replication.tls import Context as Tls
-
-from .link_server import LinkServer
-from .qemu_blockdev import Blockdev
-from .qemu_exports import Exports
-from .qemu_graph import Graph
-from .qemu_human import Human
-from .qemu_jobs import Jobs
-from .qemu_replica import NamedReplica
 
 log = logging.getLogger(__name__)
 
@@ -481,7 +481,7 @@ class PrimaryBackstore(PairBackstore):
         names = self._replica.names
         replica = failure.child if names is None else names.root
         sectors = (failure.offset + failure.length + 511) // 512 - start
-        bad = qemu_block_schema.QuorumReportBad(
+        bad = block_schema.QuorumReportBad(
             type=_QUORUM_OPERATION.get(failure.operation, "write"),
             error=str(failure.error),
             node_name="disk" if failure.child == self.disk.name else replica,
@@ -493,7 +493,7 @@ class PrimaryBackstore(PairBackstore):
             reference = self.resource.name
             self._emit(
                 "QUORUM_FAILURE",
-                qemu_block_schema.QuorumFailure(reference=reference, sector_num=start, sectors_count=sectors),
+                block_schema.QuorumFailure(reference=reference, sector_num=start, sectors_count=sectors),
             )
 
     async def close(self) -> None:
@@ -559,7 +559,9 @@ class SecondaryBackstore(PairBackstore):
             tls=self._tls(*names, server_side=True),
             secret=guards.secret(resource, "nbd"),
         )
-        self._server = LinkServer(resource.name, mine.address, resource.link, server)
+        link = resource.link
+        place = Tcp(mine.address, link.port) if link.socket is None else Unix(link.socket)
+        self._server = LinkServer(resource.name, place, server)
         engine = Secondary(
             resource.name,
             disk,

@@ -14,8 +14,8 @@ from typing import Any
 
 from tcmu_replication.control import introspection
 from tcmu_replication.control.command import Command, Document, Privilege
-from tcmu_replication.control.qemu_schema import SESSION_COMMANDS
 from tcmu_replication.control.schema import COMMANDS, EVENTS, MANAGER_COMMANDS
+from tcmu_replication.qemu.schema import SESSION_COMMANDS
 
 MARKER = "<!-- printed by: python -m tcmu_replication.control.reference docs/qmp.md -->\n"
 

@@ -12,7 +12,6 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from tcmu_replication.control import qemu_block_schema, qemu_blockdev_schema, qemu_schema
 from tcmu_replication.control.command import (
     OPERATOR,
     PEER,
@@ -25,7 +24,9 @@ from tcmu_replication.control.command import (
 from tcmu_replication.control.command import (
     Privilege as Privilege,
 )
-from tcmu_replication.control.qemu_schema import ErrorStatus
+from tcmu_replication.qemu import block_schema, blockdev_schema
+from tcmu_replication.qemu import schema as qemu_schema
+from tcmu_replication.qemu.schema import ErrorStatus
 
 PROTOCOL = 2
 """What the two ends of a pair say to each other; raised when the meaning of a peer command changes."""
@@ -347,8 +348,8 @@ COMMANDS = table(
     Command("peer-checkpoint", PeerCheckpoint, PeerState, PEER, "End the epoch; the secondary begins the next."),
     Command("peer-digests", PeerRange, PeerDigests, PEER, "Hashes of the secondary's disk, to compare."),
     *qemu_schema.COMMANDS.values(),
-    *qemu_block_schema.COMMANDS.values(),
-    *qemu_blockdev_schema.COMMANDS.values(),
+    *block_schema.COMMANDS.values(),
+    *blockdev_schema.COMMANDS.values(),
 )  # fmt: skip
 
 DEVICE_COMMANDS = table(
@@ -381,5 +382,5 @@ EVENTS: dict[str, type[Document]] = {
     "REPLICATION_CHECKPOINT": Checkpoint,
     "REPLICATION_LINK": Link,
     **qemu_schema.EVENTS,
-    **qemu_block_schema.EVENTS,
+    **block_schema.EVENTS,
 }

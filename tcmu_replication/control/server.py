@@ -30,7 +30,7 @@ from typing import Any
 
 import msgspec
 
-from tcmu_replication.control import framing, lock, qemu
+from tcmu_replication.control import framing, lock
 from tcmu_replication.control.command import Command, Document, Privilege
 from tcmu_replication.control.schema import COMMANDS, EVENTS
 from tcmu_replication.control.session import Call, Session
@@ -38,6 +38,7 @@ from tcmu_replication.control.throttle import Throttle
 from tcmu_replication.errors import Error, Kind, from_os
 from tcmu_replication.listener import Listener, plain_host
 from tcmu_replication.prove import prove
+from tcmu_replication.qemu import colo
 from tcmu_replication.secret import Secret
 
 Handler = Callable[[Any, Session], Awaitable[Any]]
@@ -63,7 +64,7 @@ class Server:
     def __init__(self, handlers: Mapping[str, Handler], table: Mapping[str, Command] = COMMANDS) -> None:
         unknown = set(handlers) - set(table)
         assert not unknown, f"handlers without a row in the command table: {unknown}"
-        self._handlers = {**handlers, **qemu.names(handlers, self.emit)}
+        self._handlers = {**handlers, **colo.names(handlers, self.emit)}
         self._table = table
         for name in self._handlers:
             table[name].prepare()

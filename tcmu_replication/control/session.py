@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 from tcmu_replication.control import framing, introspection
 from tcmu_replication.control.command import Command, Privilege
 from tcmu_replication.control.framing import NO_COMMAND, ClassError, Request
-from tcmu_replication.control.qemu_schema import SESSION_COMMANDS
 from tcmu_replication.control.schema import EVENTS
 from tcmu_replication.errors import Error, Kind
+from tcmu_replication.qemu.schema import SESSION_COMMANDS
 
 
 class Call(NamedTuple):

@@ -21,7 +21,6 @@ from typing import Any
 
 import tcmu_replication
 from tcmu_replication.control import lock, schema
-from tcmu_replication.control.qemu_schema import Shutdown
 from tcmu_replication.control.schema import Command
 from tcmu_replication.control.server import Handler as CommandHandler
 from tcmu_replication.control.server import Server
@@ -33,6 +32,7 @@ from tcmu_replication.daemon.places import Context
 from tcmu_replication.errors import Error, Kind
 from tcmu_replication.frontend.tcmu import TcmuFrontend
 from tcmu_replication.host import systemd
+from tcmu_replication.qemu.schema import Shutdown
 from tcmu_replication.scsi.identity import Identity as ScsiIdentity
 from tcmu_replication.scsi.unit import LogicalUnit
 from tcmu_replication.tcmu import configfs, uio

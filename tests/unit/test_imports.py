@@ -34,11 +34,11 @@ MAY = {
     "tcmu": [],
     "block": ["nbd"],
     "jobs": ["block"],
-    "control": [],
+    "control": ["qemu"],
     "host": ["tcmu"],
     "replication": ["block", "jobs", "control"],
     "frontend": ["block", "scsi", "tcmu", "nbd"],
-    "daemon": ["block", "control", "frontend", "host", "replication", "scsi", "tcmu", "jobs", "nbd"],
+    "daemon": ["block", "control", "frontend", "host", "qemu", "replication", "scsi", "tcmu", "jobs", "nbd"],
     "handlers": [
         "block",
         "control",
@@ -46,11 +46,13 @@ MAY = {
         "frontend",
         "jobs",
         "nbd",
+        "qemu",
         "replication",
         "tcmu",
         "scsi",
         "host",
     ],
+    "qemu": ["block", "control", "daemon", "frontend", "jobs", "nbd", "replication"],
     "cli": ["control", "daemon"],
 }
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from tcmu_replication.control import introspection
-from tcmu_replication.control.qemu_schema import SESSION_COMMANDS
 from tcmu_replication.control.schema import COMMANDS, DEVICE_COMMANDS, EVENTS, MANAGER_COMMANDS
+from tcmu_replication.qemu.schema import SESSION_COMMANDS
 
 TABLES = {"worker": COMMANDS, "device": DEVICE_COMMANDS, "manager": MANAGER_COMMANDS}
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from tcmu_replication.control import reference
-from tcmu_replication.control.qemu_schema import SESSION_COMMANDS
 from tcmu_replication.control.schema import COMMANDS, EVENTS
+from tcmu_replication.qemu.schema import SESSION_COMMANDS
 
 FILE = Path(__file__).parents[3] / "docs" / "qmp.md"
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from tcmu_replication.control.command import Privilege
-from tcmu_replication.control.qemu_schema import SESSION_COMMANDS
 from tcmu_replication.control.schema import COMMANDS, Start
 from tcmu_replication.control.session import Call, Session
 from tcmu_replication.errors import Error, Kind
+from tcmu_replication.qemu.schema import SESSION_COMMANDS
 
 NEGOTIATE = {"execute": "qmp_capabilities"}
 

@@ -7,9 +7,9 @@ import asyncio
 import pytest
 
 from tcmu_replication.control import throttle
-from tcmu_replication.control.qemu_block_schema import QuorumFailure
 from tcmu_replication.control.schema import Link
 from tcmu_replication.control.throttle import Throttle
+from tcmu_replication.qemu.block_schema import QuorumFailure
 from tests.support.tools import PATIENCE_S
 
 

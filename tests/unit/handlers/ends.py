@@ -10,12 +10,13 @@ from typing import Any
 import msgspec
 
 from tcmu_replication.block.pending import settle
-from tcmu_replication.control import qemu, schema
+from tcmu_replication.control import schema
 from tcmu_replication.control.command import Document, Privilege
 from tcmu_replication.control.server import Server
 from tcmu_replication.control.session import Session
 from tcmu_replication.daemon import handler
 from tcmu_replication.daemon.places import Context
+from tcmu_replication.qemu import colo
 from tcmu_replication.replication.stages import Stage
 from tcmu_replication.units import BLOCK, MiB
 
@@ -39,7 +40,7 @@ class End:
         control = Server(self.backstore.commands, self.backstore.table)
         self._control = control
         mine = self.backstore.commands | {"query-status": self._query_status}
-        self.handlers = mine | qemu.names(mine, self._emit)
+        self.handlers = mine | colo.names(mine, self._emit)
         control.emit = self._emit  # type: ignore[method-assign]
         await self.backstore.listen(control)
 

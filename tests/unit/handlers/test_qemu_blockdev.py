@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from handlers.qemu_human import _modern, _options
 from tcmu_replication.block.remote import State
 from tcmu_replication.errors import Error, Kind
+from tcmu_replication.qemu.human import _modern, _options
 from tests.unit.handlers.ends import End
 
 

@@ -12,13 +12,13 @@ from typing import Any
 
 from msgspec import UNSET
 
-from tcmu_replication.control import qemu_schema as schema
 from tcmu_replication.control.command import Document, Nothing
 from tcmu_replication.control.framing import NOT_ACTIVE, ClassError
 from tcmu_replication.control.server import Handler
 from tcmu_replication.control.session import Session
 from tcmu_replication.errors import Kind
 from tcmu_replication.jobs.job import Job, JobStatus
+from tcmu_replication.qemu import schema
 from tcmu_replication.replication.primary import Primary
 from tcmu_replication.replication.secondary import Secondary
 from tcmu_replication.replication.stages import BACKUP_GONE

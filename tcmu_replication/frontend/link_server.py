@@ -10,32 +10,25 @@ even the resource's own export, until it, or replication, is started again.
 from __future__ import annotations
 
 from tcmu_replication.block.node import Node
-from tcmu_replication.control import qemu_block_schema as schema
-from tcmu_replication.daemon.config import Link
-from tcmu_replication.errors import Error
 from tcmu_replication.frontend.nbd import Export, Server
-
-from .qemu_address import addresses
-
-_EVERY = {"", "0.0.0.0", "::"}
+from tcmu_replication.nbd.uri import Address, Unix
 
 
 class LinkServer:
-    """`server` serves the resource `name` at `address`, the secondary's own, as `link` says."""
+    """`server` serves the resource `name` at `place`, the secondary's own."""
 
-    def __init__(self, name: str, address: str, link: Link, server: Server) -> None:
+    def __init__(self, name: str, place: Address, server: Server) -> None:
         self.name = name
+        self.place = place
         self.server = server
-        self._address = address
-        self._link = link
         self._forwarded: Node | None = None
 
     async def listen(self) -> None:
         """Raises `Error`."""
-        if self._link.socket is None:
-            await self.server.listen_tcp(self._address, self._link.port)
+        if isinstance(self.place, Unix):
+            await self.server.listen_unix(self.place.path)
         else:
-            await self.server.listen_unix(self._link.socket)
+            await self.server.listen_tcp(self.place.host, self.place.port)
 
     def publish(self, forwarded: Node) -> None:
         """From now on the primary's writes go there."""
@@ -56,16 +49,3 @@ class LinkServer:
         """Offer it no longer, and hang up on the primary."""
         if self.name in self.server.exports:
             await self.server.remove(self.name, hard=True)
-
-    async def is_at(self, addr: schema.Inet | schema.Unix) -> bool:
-        """Whether a server at that address would be this one; every address of this host includes ours."""
-        if isinstance(addr, schema.Unix):
-            return addr.data.path == self._link.socket
-        if self._link.socket is not None or addr.data.port != str(self._link.port):
-            return False
-        if addr.data.host in _EVERY:
-            return True
-        try:
-            return self._address in await addresses(addr.data.host)
-        except Error:
-            return False

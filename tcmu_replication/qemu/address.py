@@ -12,9 +12,11 @@ from collections.abc import Awaitable, Callable
 
 from msgspec import UNSET
 
-from tcmu_replication.control import qemu_block_schema as schema
 from tcmu_replication.errors import Error, Kind
 from tcmu_replication.frontend.nbd import Server
+from tcmu_replication.nbd import uri
+from tcmu_replication.nbd.uri import Address
+from tcmu_replication.qemu import block_schema as schema
 
 _PORT = re.compile("[0-9]{1,5}")
 _EVERY = {socket.AF_UNSPEC: "", socket.AF_INET: "0.0.0.0", socket.AF_INET6: "::"}
@@ -30,6 +32,20 @@ async def addresses(host: str, family: socket.AddressFamily = socket.AF_UNSPEC) 
         reason = error.strerror if isinstance(error, OSError) else "Name or service not known"
         raise Error(Kind.BAD_CONFIG, f"address resolution failed for {host}: {reason}") from error
     return list(dict.fromkeys(str(address[0]) for *_, address in found))
+
+
+async def leads_to(addr: schema.Inet | schema.Unix, place: Address) -> bool:
+    """Whether a server at that address would be the one at `place`; every address of this host includes ours."""
+    if isinstance(addr, schema.Unix):
+        return isinstance(place, uri.Unix) and addr.data.path == place.path
+    if isinstance(place, uri.Unix) or addr.data.port != str(place.port):
+        return False
+    if addr.data.host in _EVERY.values():
+        return True
+    try:
+        return place.host in await addresses(addr.data.host)
+    except Error:
+        return False
 
 
 async def listening(make: Callable[[], Server], addr: schema.Inet | schema.Unix) -> Server:

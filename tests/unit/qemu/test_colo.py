@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
-from tcmu_replication.control import qemu, schema
+from tcmu_replication.control import schema
 from tcmu_replication.control.command import Document, Privilege
-from tcmu_replication.control.qemu_schema import ColoExit, SetReplication
 from tcmu_replication.control.server import Server
 from tcmu_replication.control.session import Session
 from tcmu_replication.errors import Error, Kind
+from tcmu_replication.qemu import colo
+from tcmu_replication.qemu.schema import ColoExit, SetReplication
 from tests.unit.control.documents import status
 
 SESSION = Session({}, (), Privilege.OPERATOR, "test")
@@ -24,13 +25,13 @@ class Worker:
     def __init__(self, stage: str = "none") -> None:
         self.asked: list[tuple[str, Any]] = []
         self.events: list[tuple[str, Document]] = []
-        self.handlers = {name: self._body(name) for name in qemu.NEEDED}
+        self.handlers = {name: self._body(name) for name in colo.NEEDED}
         self.results = {
             "query-status": status(stage=stage, mode="secondary"),
             "query-errors": schema.ErrorStatus(error=True, desc="I/O error occurred"),
         }
 
-    def _body(self, name: str) -> qemu.Handler:
+    def _body(self, name: str) -> colo.Handler:
         async def body(arguments: Any, session: Session) -> Any:
             self.asked.append((name, arguments))
             return self.results.get(name)
@@ -46,13 +47,13 @@ class Worker:
         self.events.append((name, data))
 
     async def _call(self, name: str, arguments: Any) -> Any:
-        return await qemu.names(self.handlers, self._emit)[name](arguments, SESSION)
+        return await colo.names(self.handlers, self._emit)[name](arguments, SESSION)
 
 
 @pytest.mark.parametrize(
     ("arguments", "asked"),
     [
-        (SetReplication(enable=True, primary=False), ("start", qemu.ControllersStart())),
+        (SetReplication(enable=True, primary=False), ("start", colo.ControllersStart())),
         (SetReplication(enable=False, primary=False), ("stop-replication", schema.Stop(force=True))),
         (
             SetReplication(enable=False, primary=True, failover=False),
@@ -164,7 +165,7 @@ def test_reason_of_an_error_is_in_our_own_answer_only() -> None:
 
 
 def test_worker_without_a_resources_commands_has_none() -> None:
-    assert qemu.names({"quit": Worker().handlers["stop-replication"]}, lambda *event: None) == {}
+    assert colo.names({"quit": Worker().handlers["stop-replication"]}, lambda *event: None) == {}
     Server({}, schema.DEVICE_COMMANDS)
 
 

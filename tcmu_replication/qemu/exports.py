@@ -1,9 +1,9 @@
 """QEMU's exports: an NBD server that a controller starts and fills over QMP.
 
 It is one beside the resource's own, or on a secondary that one, if it is
-started where that listens (link_server.py).
+started where that listens (frontend/link_server.py).
 
-What can be exported is in qemu_exportable.py. Exports last as long as the
+What can be exported is in exportable.py. Exports last as long as the
 worker, as in QEMU; but those that write to a secondary's disk end when
 forwarded writes end.
 """
@@ -17,20 +17,19 @@ from msgspec import UNSET
 
 from tcmu_replication.block.file import File
 from tcmu_replication.block.node import Node
-from tcmu_replication.control import qemu_block_schema as schema
 from tcmu_replication.control.command import Document, Nothing
 from tcmu_replication.control.server import Handler
 from tcmu_replication.control.session import Session
 from tcmu_replication.errors import Error, Kind
+from tcmu_replication.frontend.link_server import LinkServer
 from tcmu_replication.frontend.nbd import Export, Server
+from tcmu_replication.qemu import block_schema as schema
+from tcmu_replication.qemu.address import leads_to, listening
+from tcmu_replication.qemu.exportable import Exportable
+from tcmu_replication.qemu.graph import WELL_FORMED, Graph
 from tcmu_replication.replication.primary import Primary
 from tcmu_replication.replication.secondary import Secondary
 from tcmu_replication.tls import Context
-
-from .link_server import LinkServer
-from .qemu_address import listening
-from .qemu_exportable import Exportable
-from .qemu_graph import WELL_FORMED, Graph
 
 Emit = Callable[[str, Document], None]
 
@@ -110,7 +109,7 @@ class Exports:
     async def _started(self, arguments: schema.NbdServerStart) -> Server:
         tls = self._context(arguments)
         own = self._own
-        if own is not None and await own.is_at(arguments.addr):
+        if own is not None and await leads_to(arguments.addr, own.place):
             own.open()
             return own.server
         # QEMU: 0 is no limit

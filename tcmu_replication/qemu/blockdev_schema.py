@@ -11,7 +11,7 @@ from typing import Literal
 from msgspec import UNSET, UnsetType
 
 from tcmu_replication.control.command import OPERATOR, Command, Document, Nothing, table
-from tcmu_replication.control.qemu_block_schema import UInt32
+from tcmu_replication.qemu.block_schema import UInt32
 
 DetectZeroes = Literal["off", "on", "unmap"]
 

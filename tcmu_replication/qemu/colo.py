@@ -13,10 +13,10 @@ from typing import Any, Literal
 from msgspec import UNSET
 
 from tcmu_replication.control.command import Document, Nothing
-from tcmu_replication.control.qemu_schema import ColoExit, ColoStatus, ErrorStatus, SetReplication
 from tcmu_replication.control.schema import Failover, Start, Stop
 from tcmu_replication.control.session import Session
 from tcmu_replication.errors import Error, Kind
+from tcmu_replication.qemu.schema import ColoExit, ColoStatus, ErrorStatus, SetReplication
 
 Handler = Callable[[Any, Session], Awaitable[Any]]
 

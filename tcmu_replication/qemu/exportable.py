@@ -16,10 +16,9 @@ from tcmu_replication.block.gate import Gate
 from tcmu_replication.block.node import Node
 from tcmu_replication.block.replication import Closed
 from tcmu_replication.errors import Error, Kind
+from tcmu_replication.qemu.graph import Graph
 from tcmu_replication.replication.primary import Primary
 from tcmu_replication.replication.secondary import Secondary
-
-from .qemu_graph import Graph
 
 
 class Exportable:

@@ -1,7 +1,7 @@
 """QEMU's commands and events that we have, and the documents that they carry.
 
 Source: qapi/control.json, introspect.json, migration.json, job.json and
-block-core.json of QEMU 7.2; the block layer's are in `qemu_block_schema`. A member
+block-core.json of QEMU 7.2; the block layer's are in `block_schema`. A member
 that QEMU has and we do not is one that would do nothing here; one that QEMU
 leaves out when it has no value is UNSET, never null.
 """

@@ -5,7 +5,7 @@ drawings of docs/architecture.md give them; gates and what else is no node in
 QEMU's graph is left out.
 
     primary     top (quorum) -+- children.0  disk
-                              +- children.1  replication -> remote       (qemu_replica.py)
+                              +- children.1  replication -> remote       (replica.py)
     secondary   replication -> active -> hidden -> disk
                 copy-before-write -> disk                  (while forwarded writes are taken)
 """
@@ -25,15 +25,14 @@ from tcmu_replication.block.node import Node
 from tcmu_replication.block.overlay import Overlay
 from tcmu_replication.block.remote import Remote
 from tcmu_replication.block.replication import Forward, Replica
-from tcmu_replication.control import qemu_block_schema as schema
 from tcmu_replication.control.command import Nothing
 from tcmu_replication.control.server import Handler
 from tcmu_replication.control.session import Session
 from tcmu_replication.errors import Error, Kind
+from tcmu_replication.qemu import block_schema as schema
+from tcmu_replication.qemu.replica import NamedReplica
 from tcmu_replication.replication.primary import Primary
 from tcmu_replication.replication.secondary import Secondary
-
-from .qemu_replica import NamedReplica
 
 WELL_FORMED = re.compile(r"[A-Za-z][A-Za-z0-9._-]*\Z")
 """A name that a controller may give (QEMU's id_wellformed)."""

@@ -11,17 +11,16 @@ from typing import NoReturn
 
 from msgspec import UNSET
 
-from tcmu_replication.control import qemu_blockdev_schema as schema
 from tcmu_replication.control.command import Nothing
 from tcmu_replication.control.framing import NO_DEVICE, ClassError
 from tcmu_replication.control.server import Handler
 from tcmu_replication.control.session import Session
 from tcmu_replication.daemon.config import Resource
 from tcmu_replication.errors import Error, Kind
-
-from .qemu_address import addresses
-from .qemu_graph import WELL_FORMED, Graph
-from .qemu_replica import NamedReplica, Names
+from tcmu_replication.qemu import blockdev_schema as schema
+from tcmu_replication.qemu.address import addresses
+from tcmu_replication.qemu.graph import WELL_FORMED, Graph
+from tcmu_replication.qemu.replica import NamedReplica, Names
 
 _MAX_NAME = 31
 

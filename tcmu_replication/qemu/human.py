@@ -11,12 +11,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from tcmu_replication.control import qemu_blockdev_schema as schema
 from tcmu_replication.control.server import Handler
 from tcmu_replication.control.session import Session
 from tcmu_replication.errors import Error, Kind
-
-from .qemu_blockdev import Blockdev
+from tcmu_replication.qemu import blockdev_schema as schema
+from tcmu_replication.qemu.blockdev import Blockdev
 
 _OPTION = re.compile(r"((?:[^,]|,,)*)(?:,|\Z)")
 _SECONDS = re.compile("[0-9]{1,10}")
