@@ -55,6 +55,7 @@ from tcmu_replication.qemu.human import Human
 from tcmu_replication.qemu.jobs import Jobs
 from tcmu_replication.qemu.peer import QemuPeer
 from tcmu_replication.qemu.replica import NamedReplica
+from tcmu_replication.replication.counterpart import Counterpart
 from tcmu_replication.replication.epochs import Epochs
 from tcmu_replication.replication.peer import ControlPeer
 from tcmu_replication.replication.peer_state import News, Peer
@@ -125,6 +126,7 @@ class PairBackstore(Backstore):
     table = schema.COMMANDS
     engine: Primary | Secondary
     _peer_name: str
+    _counterpart: Counterpart
 
     def __init__(
         self,
@@ -304,6 +306,7 @@ class PairBackstore(Backstore):
             frontends=frontends,
             pid=os.getpid(),
             version=tcmu_replication.__version__,
+            peer_software=self._counterpart.software,
         )
 
     def _facts(self) -> Facts:
@@ -368,6 +371,7 @@ class PrimaryBackstore(PairBackstore):
         self.resource = resource
         mine = resource.host(host)
         self._peer_name, theirs = resource.peer(host)
+        self._counterpart = Counterpart(resource.name, host, self._peer_name)
         self._since = _now()
         self._up = False
         pulse = None
@@ -389,6 +393,7 @@ class PrimaryBackstore(PairBackstore):
                 local=mine.address,
                 timeout=link.timeout,
                 generation=lambda: self.engine.manifest.generation,
+                counterpart=self._counterpart,
                 tls=self._client_tls,
                 secret=guards.secret(resource, "control"),
             )
@@ -400,6 +405,7 @@ class PrimaryBackstore(PairBackstore):
                 local=mine.address,
                 timeout=link.timeout,
                 generation=lambda: self.engine.manifest.generation,
+                counterpart=self._counterpart,
                 tls=self._client_tls,
                 secret=guards.secret(resource, "control"),
             )
@@ -551,6 +557,7 @@ class SecondaryBackstore(PairBackstore):
         mine = resource.host(host)
         self._mine = mine
         self._peer_name, self._theirs = resource.peer(host)
+        self._counterpart = Counterpart(resource.name, host, self._peer_name)
         allowed = ipaddress.ip_address(self._theirs.address)
         names = self._peer_name, self._theirs.address
         self._control_tls = self._tls(*names, server_side=True, refused=self._refused)
@@ -578,12 +585,14 @@ class SecondaryBackstore(PairBackstore):
             peer_name=self._peer_name,
         )
         super().__init__(resource, host, disk, offload, engine, link_server=self._server)
-        self.commands |= {
-            "peer-hello": self._peer_hello,
-            "peer-prepare": self._peer_prepare,
-            "peer-checkpoint": self._peer_checkpoint,
-            "peer-digests": self._peer_digests,
-        }
+        self.commands |= self._counterpart.commands(
+            {
+                "peer-hello": self._peer_hello,
+                "peer-prepare": self._peer_prepare,
+                "peer-checkpoint": self._peer_checkpoint,
+                "peer-digests": self._peer_digests,
+            }
+        )
 
     def _user(self) -> str | None:
         """Who uses the LUN."""
@@ -706,12 +715,6 @@ class SecondaryBackstore(PairBackstore):
                 Kind.NOT_FOUND,
                 f"this is the resource {self.resource.name}, not {arguments.resource}; "
                 "the resource files of the two hosts must be the same",
-            )
-        if arguments.protocol != schema.PROTOCOL:
-            raise Error(
-                Kind.UNSUPPORTED,
-                f"protocol {arguments.protocol} is not spoken here, only {schema.PROTOCOL}; "
-                "run the same version on both hosts",
             )
         await self.engine.hear(
             arguments.generation,

@@ -180,6 +180,7 @@ def detail(document: dict[str, Any]) -> str:
         "epoch": f"{document['epoch']} of generation {document['generation'] or '(none)'}",
         "disk": f"{document['disk']}, {format_size(document['size'])}; the LUN serves {document['top']}",
         "link": _link(document),
+        "peer": _peer(document),
         "heard": _times(
             {f"{link['peer']} at": link.get("heard"), "last write at": document.get("last-forwarded")}
         ),
@@ -199,6 +200,17 @@ def detail(document: dict[str, Any]) -> str:
     title = verdict(document["resource"], document["protection"])
     jobs = [folded(f"{'job':<12} {job_line(job)}", "  ") for job in document["jobs"]]
     return "\n".join([_lines(title, document, {k: v for k, v in facts.items() if v}), *jobs])
+
+
+def _peer(document: dict[str, Any]) -> str:
+    """The peer's software and the protocol in use; nothing before it was met."""
+    software = document.get("peer-software")
+    if not software:
+        return ""
+    if software.get("refusal"):
+        return str(software["refusal"])
+    version = software["version"] or "not told (from before hosts did)"
+    return f"{document['link']['peer']}, version {version}, protocol {software['protocol']}"
 
 
 def _times(times: dict[str, str | None]) -> str:

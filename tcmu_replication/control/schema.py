@@ -24,12 +24,10 @@ from tcmu_replication.control.command import (
 from tcmu_replication.control.command import (
     Privilege as Privilege,
 )
+from tcmu_replication.control.protocol import Greeting
 from tcmu_replication.qemu import block_schema, blockdev_schema
 from tcmu_replication.qemu import schema as qemu_schema
 from tcmu_replication.qemu.schema import ErrorStatus
-
-PROTOCOL = 2
-"""What the two ends of a pair say to each other; raised when the meaning of a peer command changes."""
 
 Device = Annotated[str, Meta(pattern=r"^uio[0-9]{1,6}\Z")]
 """A UIO device, as in uio3."""
@@ -85,10 +83,11 @@ class DeviceArguments(Document, frozen=True, kw_only=True):
 class PeerHello(Document, frozen=True, kw_only=True):
     """Arguments of peer-hello: the primary introduces itself; without `generation` a new pair begins.
 
-    It is given every second too. With `settled` it is answered when no other command is
-    under way. `verified`: both disks are known to be equal. `outdated_since`: since then
-    the secondary misses writes, `reason` says why, and `missed_bytes` how much is known.
-    `disk_error`: why the primary's own disk may lack what was acknowledged.
+    It is given every second too. `protocol` is the one that the greeting has agreed on, 2 without
+    one. With `settled` it is answered when no other command is under way. `verified`: both disks
+    are known to be equal. `outdated_since`: since then the secondary misses writes, `reason` says
+    why, and `missed_bytes` how much is known. `disk_error`: why the primary's own disk may lack
+    what was acknowledged.
     """
 
     resource: Text
@@ -210,6 +209,17 @@ class Progress(Document, frozen=True, kw_only=True):
     total: Count
 
 
+class PeerSoftware(Document, frozen=True, kw_only=True):
+    """The peer's software, as it has said at its last connection: its `version`, null before there were greetings.
+
+    `protocol` is the one that both hosts speak; without it they have none in common, and `refusal` says more.
+    """
+
+    protocol: Count | None
+    version: str | None
+    refusal: str | None = None
+
+
 class Overlays(Document, frozen=True, kw_only=True):
     """What the secondary's overlays hold in this epoch."""
 
@@ -246,7 +256,8 @@ class Status(Document, frozen=True, kw_only=True):
     `hangs` says which call of a disk has not returned, and for how long.
     `last_forwarded` is about when the last forwarded write came; the secondary misses
     what was written since `outdated_since`; `error_since` is when `error` was recorded;
-    `not_ready` is why the LUN answers NOT READY; `comparing` is how far the comparison
+    `not_ready` is why the LUN answers NOT READY; `peer_software` is null before the peer was met, and if it is QEMU;
+    `comparing` is how far the comparison
     of both disks is that a start begins.
     """
 
@@ -278,6 +289,7 @@ class Status(Document, frozen=True, kw_only=True):
     status: Literal["running", "prelaunch"] = "running"
     pid: Count
     version: str
+    peer_software: PeerSoftware | None = None
 
 
 class DeviceStatus(Document, frozen=True, kw_only=True):
@@ -343,6 +355,7 @@ COMMANDS = table(
     Command("attach-device", DeviceArguments, None, OPERATOR, "Serve the LUN on a UIO device too."),
     Command("detach-device", DeviceArguments, None, OPERATOR, "The UIO device is going or gone."),
     Command("quit", Nothing, None, OPERATOR, "End the worker in order."),
+    Command("peer-greet", Greeting, Greeting, PEER, "Which protocols the primary speaks; first of all."),
     Command("peer-hello", PeerHello, PeerState, PEER, "The primary introduces itself."),
     Command("peer-prepare", PeerEpoch, None, PEER, "Get ready for the checkpoint that ends the epoch."),
     Command("peer-checkpoint", PeerCheckpoint, PeerState, PEER, "End the epoch; the secondary begins the next."),

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from tcmu_replication.control import framing, introspection
 from tcmu_replication.control.command import Command, Privilege
 from tcmu_replication.control.framing import NO_COMMAND, ClassError, Request
+from tcmu_replication.control.protocol import Terms
 from tcmu_replication.control.schema import EVENTS
 from tcmu_replication.errors import Error, Kind
 from tcmu_replication.qemu.schema import SESSION_COMMANDS
@@ -25,7 +26,8 @@ class Session:
     """`privilege` is what this connection may do, `peer` says for the log who it is.
 
     `commands` is the table, `served` the names that have a handler: the rest
-    is not found, and neither is what the privilege does not cover.
+    is not found, and neither is what the privilege does not cover. `terms` is what
+    the peer's greeting came to, None before it.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class Session:
         self.peer = peer
         self.negotiated = False
         self.oob = False
+        self.terms: Terms | None = None
         self._commands = SESSION_COMMANDS | {
             name: row
             for name, row in commands.items()

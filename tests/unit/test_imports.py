@@ -22,6 +22,7 @@ PURE = [
     "replication.protection",
     "replication.stages",
     "control.framing",
+    "control.protocol",
     "control.session",
 ]
 NO_IO = {"socket", "asyncio", "os", "mmap", "threading", "time", "select", "subprocess", "logging"}

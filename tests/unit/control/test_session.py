@@ -106,6 +106,7 @@ def test_command_without_a_handler_is_unknown() -> None:
 def test_peer_gets_peer_commands_only(name: str) -> None:
     row = COMMANDS[name]
     arguments = {
+        "peer-greet": {"lowest": 2, "highest": 2, "version": "0.1.0"},
         "peer-hello": {"resource": "disk0", "protocol": 1},
         "peer-prepare": {"epoch": 1},
         "peer-checkpoint": {"epoch": 1, "name": "a", "settled": 0},
@@ -139,7 +140,7 @@ def test_invalid_arguments_are_answered_and_the_session_goes_on() -> None:
 
 def test_query_commands_lists_what_can_be_called() -> None:
     names = {row["name"] for row in reply(make(Privilege.PEER), {"execute": "query-commands"})["return"]}
-    peers = {"peer-hello", "peer-prepare", "peer-checkpoint", "peer-digests"}
+    peers = {"peer-greet", "peer-hello", "peer-prepare", "peer-checkpoint", "peer-digests"}
     assert names == {*SESSION_COMMANDS, *peers}
 
 

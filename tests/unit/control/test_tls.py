@@ -59,7 +59,7 @@ async def hello(server: Server, tls: Context | None) -> int:
     """Ask; the epoch that is answered."""
     connection = await Connection.tcp("127.0.0.1", server.tcp_port, local=None, timeout=PATIENCE_S, tls=tls)
     try:
-        state = await connection.execute("peer-hello", {"resource": "disk0", "protocol": schema.PROTOCOL})
+        state = await connection.execute("peer-hello", {"resource": "disk0", "protocol": 2})
         return int(state["epoch"])
     finally:
         connection.close()

@@ -1,0 +1,136 @@
+"""A worker of this version whose other host is of the version before: they stay connected and replicate."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tcmu_replication import __version__
+from tcmu_replication.units import MiB
+from tests.support import protocol_2
+from tests.support.processes import Pair
+from tests.support.tools import PATIENCE_S, requires, until
+
+pytestmark = [pytest.mark.interop, requires("qemu-nbd", "qemu-io")]
+
+SIZE = 8 * MiB
+LINK: dict[str, object] = {"reconnect-delay": 10.0, "timeout": 10.0, "trust": "address"}
+OLD = {"protocol": 2, "version": None, "refusal": None}
+
+
+@contextmanager
+def exported(image: Path, port: int) -> Iterator[None]:
+    """What the old secondary serves over NBD."""
+    words = [
+        "qemu-nbd",
+        "-f",
+        "raw",
+        "-b",
+        "127.0.0.2",
+        "-p",
+        str(port),
+        "-x",
+        "disk0",
+        "-t",
+        "-e",
+        "8",
+        str(image),
+    ]
+    process = subprocess.Popen(words)
+    try:
+        uri = f"nbd://127.0.0.2:{port}/disk0"
+        end_s = time.monotonic() + PATIENCE_S
+        while subprocess.run(
+            ["qemu-io", "-r", "-f", "raw", uri, "-c", "quit"], capture_output=True
+        ).returncode:
+            assert process.poll() is None
+            assert time.monotonic() < end_s
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_secondary_of_the_version_before_gets_every_write_and_checkpoint(tmp_path: Path) -> None:
+    pair = Pair(tmp_path, size=SIZE, link=LINK)
+    alpha, image = pair.alpha, pair.beta.disk
+    with protocol_2.Secondary("127.0.0.2", pair.control_port, SIZE) as old, exported(image, pair.port):
+        alpha.start()
+        try:
+            alpha.cli("start", "disk0", "--wait")
+            alpha.io("write -P 0x11 0 1M", "flush")
+            alpha.cli("checkpoint", "disk0")
+            alpha.io("write -P 0x22 2M 1M", "flush")
+            assert pair.equal
+            status = alpha.status()
+            assert (status["epoch"], status["error"]) == (2, None)
+            assert status["protection"]["protected"]
+            assert status["peer-software"] == OLD
+            assert "protocol 2" in alpha.cli("status", "disk0").stdout
+            heard = len(old.hellos)
+            until(lambda: len(old.hellos) > heard + 1, "it goes on saying hello")
+            # Nothing was refused but the greeting, once for each connection.
+            assert {answer.partition(b',"data"')[0] for answer in old.refused} == {
+                b'{"error":{"class":"CommandNotFound","desc":"The command peer-greet has not been found"'
+            }
+            assert {hello["protocol"] for hello in old.hellos} == {2}
+            assert {command for command, _ in old.asked} == {"peer-greet", *protocol_2.TAKES}
+            assert alpha.status()["protection"]["protected"]
+        finally:
+            alpha.stop()
+
+
+STATE = (
+    rb'\{"return":\{"stage":"running","epoch":%d,"generation":"(?P<generation>[0-9a-f-]{36})","length":8388608,'
+    rb'"error":null,"checkpoint-name":"%s","paired":%s,"promoted-at":"","settled":%d\}\}'
+)
+
+
+def test_primary_of_the_version_before_is_answered_byte_for_byte_as_it_was(tmp_path: Path) -> None:
+    pair = Pair(tmp_path, size=SIZE, link=LINK)
+    beta = pair.beta
+    beta.start()
+    try:
+        beta.cli("start", "disk0")
+        with protocol_2.Primary("127.0.0.1", "127.0.0.2", pair.control_port) as old:
+            hello = '{"resource":"disk0","protocol":2,"settled":true,"verified":%s%s}'
+            answer = old.ask("peer-hello", hello % ("false", ""))
+            found = re.fullmatch(STATE % (1, b"", b"false", 1), answer)
+            assert found, answer
+            mine = f',"generation":"{found["generation"].decode()}"'
+            answer = old.ask("peer-hello", hello % ("true", mine))
+            assert re.fullmatch(STATE % (1, b"", b"true", 2), answer), answer
+            link = f"nbd://127.0.0.2:{pair.port}/disk0"
+            write = ["qemu-io", "-f", "raw", link, "-c", "write -P 0x11 0 1M", "-c", "flush"]
+            subprocess.run(write, check=True, capture_output=True, timeout=PATIENCE_S)
+            assert old.ask("peer-prepare", '{"epoch":1}') == b'{"return":{}}'
+            name = "322582d0-7876-4a35-bfce-ef20e25bff88"
+            answer = old.ask("peer-checkpoint", f'{{"epoch":1,"name":"{name}","settled":2}}')
+            assert re.fullmatch(STATE % (2, name.encode(), b"true", 2), answer), answer
+            digests = json.loads(old.ask("peer-digests", '{"offset":0,"length":4194304,"piece":2097152}'))
+            assert [len(digest) for digest in digests["return"]["digests"]] == [64, 0]
+            status = beta.status()
+            assert status["peer-software"] == OLD
+            assert status["last-checkpoint"]["epoch"] == 2
+        beta.io("read -P 0x11 0 1M")
+    finally:
+        beta.stop()
+
+
+def test_hosts_of_one_version_show_each_others(tmp_path: Path) -> None:
+    with Pair(tmp_path, size=SIZE, link=LINK) as pair:
+        pair.replicate()
+        for worker, peer in ((pair.alpha, "beta"), (pair.beta, "alpha")):
+            assert worker.status()["peer-software"] == {
+                "protocol": 2,
+                "version": __version__,
+                "refusal": None,
+            }
+            assert f"{peer}, version {__version__}, protocol 2" in worker.cli("status", "disk0").stdout
