@@ -28,6 +28,11 @@ def round_up(value: int, unit: int) -> int:
     return -(-value // unit) * unit
 
 
+def blocks_of(length: int) -> int:
+    """Blocks of a disk of `length` bytes; the last may be a part."""
+    return -(-length // BLOCK)
+
+
 def parse_size(text: str) -> int:
     """Bytes of "512", "64K", "256 MiB", "16TiB" (powers of 1024, as qemu-img reads them).
 

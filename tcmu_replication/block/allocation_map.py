@@ -50,7 +50,7 @@ from tcmu_replication.block.offload import Offload
 from tcmu_replication.block.pending import Pending
 from tcmu_replication.block.reserve import Reserve
 from tcmu_replication.errors import Error, Kind, from_os
-from tcmu_replication.units import BLOCK, round_up
+from tcmu_replication.units import BLOCK, blocks_of, round_up
 
 ABSENT, HERE, ZERO = 0, 1, 2
 """A block's state: look below; data is stored here; here, reads as zeroes, nothing stored."""
@@ -90,11 +90,6 @@ _OVER = bytes(both & 3 or both >> 2 & 3 for both in range(256))
 """By upper state + 4 * lower state: the state that counts."""
 _SAFE = b"\1"
 _EMPTY_PAGE = memoryview(bytes(PAGE))
-
-
-def blocks_of(length: int) -> int:
-    """Blocks of a disk of `length` bytes; the last may be a part."""
-    return -(-length // BLOCK)
 
 
 def file_size(length: int) -> int:

@@ -38,7 +38,6 @@ from tcmu_replication.block.allocation_map import (
     ZERO,
     ZERO_FLAG,
     AllocationMap,
-    blocks_of,
 )
 from tcmu_replication.block.buffers import clear, part, size, zeroes
 from tcmu_replication.block.extents import merged
@@ -49,7 +48,7 @@ from tcmu_replication.block.pending import Pending, after, attempt, gather
 from tcmu_replication.block.reserve import Reserve
 from tcmu_replication.block.space import create_sparse
 from tcmu_replication.errors import Error, Kind, from_os
-from tcmu_replication.units import BLOCK, format_size, round_down, round_up
+from tcmu_replication.units import BLOCK, blocks_of, format_size, round_down, round_up
 
 Run = tuple[int, int, int]
 """(offset, length, entry of its first block): all absent, all zero, or here in adjacent slots."""
