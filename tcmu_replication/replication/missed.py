@@ -3,7 +3,8 @@
     mark        the peer did not get this, or may not have
     resend      read here, write through the filter, and when the peer has it take the mark away
 
-The map is beside the manifest. Where it could not be written any more, `complete`
+The map is a `Bitmap` beside the manifest; one of an earlier version, an
+`AllocationMap`, becomes one at open. Where it could not be written any more, `complete`
 is false: then more may differ than it says, and only a comparison of the whole
 disks can tell.
 
@@ -20,12 +21,14 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from tcmu_replication.block import allocation_map
-from tcmu_replication.block.allocation_map import ABSENT, HERE, AllocationMap
+from tcmu_replication.block.allocation_map import AllocationMap
+from tcmu_replication.block.bitmap import Bitmap
+from tcmu_replication.block.file import File
 from tcmu_replication.block.node import Node
 from tcmu_replication.block.pending import Pending, attempt, gather, settle
-from tcmu_replication.block.space import create_sparse
 from tcmu_replication.errors import Error, from_os
-from tcmu_replication.units import BLOCK, KiB
+from tcmu_replication.replication.manifest import sync_directory
+from tcmu_replication.units import BLOCK, KiB, blocks_of
 
 log = logging.getLogger(__name__)
 
@@ -42,27 +45,27 @@ class Missed:
         self.path = path
         self.complete = True
         self._length = length
-        self._map: AllocationMap | None = None
+        self._map: Bitmap | None = None
         self._sending = False
         self._meanwhile: list[tuple[int, int]] = []  # marked while something was being sent
 
     @property
     def bytes(self) -> int:
-        """What is marked, in bytes of whole blocks."""
-        return 0 if self._map is None else self._map.here * BLOCK
+        """What is marked, in bytes of the disk."""
+        return 0 if self._map is None else self._map.bytes
 
     def open(self, *, anew: bool = False) -> None:
         """Open the map, and make it if it is not there; `anew` with nothing in it. Raises `Error`."""
         self.close()
         if anew:
-            try:
-                self.path.unlink(missing_ok=True)
-            except OSError as e:
-                raise from_os(e, f"remove {self.path}") from e
+            _remove(self.path)
+            _remove(_converted(self.path))
         if not os.path.lexists(self.path):
-            size = allocation_map.file_size(self._length)
-            create_sparse(str(self.path), size, allocation_map.header(self._length))
-        self._map = AllocationMap(str(self.path), self._length)
+            self._map = Bitmap.create(self.path, self._length)
+        else:
+            if _is_allocation_map(self.path):
+                _convert(self.path, self._length)
+            self._map = Bitmap(self.path, self._length)
         self.complete = True
         # Before a manifest names it: without its header the next boot would refuse it.
         self._map.flush()
@@ -77,7 +80,7 @@ class Missed:
         if self._sending:
             self._meanwhile.append(_blocks(offset, length))
         try:
-            self._map.mark(*_blocks(offset, length), HERE)
+            self._map.mark(*_blocks(offset, length))
         except Error as error:
             if self.complete:
                 log.error("%s: the map of missed writes is not complete any more: %s", self.path, error)
@@ -131,25 +134,22 @@ class Missed:
                 if error is not None:
                     raise error
                 await settle(pending)
+                self._arrived(*_blocks(offset, length))
             except Error as met:
                 first = first or met
-                continue
-            first_block, last_block = _blocks(offset, length)
-            if self._map is not None and not any(
-                start < last_block and first_block < end for start, end in self._meanwhile
-            ):
-                self._map.mark(first_block, last_block, ABSENT)
         if first is not None:
             raise first
+
+    def _arrived(self, first: int, last: int) -> None:
+        if self._map is not None and not any(start < last and first < end for start, end in self._meanwhile):
+            self._map.clear(first, last)
 
     def _pieces(self) -> Iterator[tuple[int, int]]:
         """The marked ranges as (offset, length), none longer than PIECE."""
         if self._map is None:
             return
-        for first, last, _ in self._map.marked(0, allocation_map.blocks_of(self._length)):
-            end = min(last * BLOCK, self._length)
-            for offset in range(first * BLOCK, end, PIECE):
-                yield offset, min(PIECE, end - offset)
+        for first, last in self._map.runs(longest=PIECE // BLOCK):
+            yield first * BLOCK, min(last * BLOCK, self._length) - first * BLOCK
 
 
 def _copy(disk: Node, peer: Node, offset: int, length: int) -> Pending | None:
@@ -158,4 +158,53 @@ def _copy(disk: Node, peer: Node, offset: int, length: int) -> Pending | None:
 
 
 def _blocks(offset: int, length: int) -> tuple[int, int]:
-    return offset // BLOCK, allocation_map.blocks_of(offset + length)
+    return offset // BLOCK, blocks_of(offset + length)
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise from_os(error, f"remove {path}") from error
+
+
+def _is_allocation_map(path: Path) -> bool:
+    """Whether it is a map as earlier versions made it. Raises `Error` if it is a link, or in use."""
+    file = File(os.fspath(path), read_only=True, follow=False)
+    try:
+        return bytes(file.fetch(0, min(len(allocation_map.MAGIC), file.length))) == allocation_map.MAGIC
+    finally:
+        file.close()
+
+
+def _converted(path: Path) -> Path:
+    """Where the conversion of the map at `path` is made."""
+    return path.with_name(f"{path.name}.new")
+
+
+def _convert(path: Path, length: int) -> None:
+    """Make a `Bitmap` of an `AllocationMap`, which stays as it is until that is whole and stable. Raises `Error`."""
+    new = _converted(path)
+    before = AllocationMap(os.fspath(path), length)
+    try:
+        _remove(new)  # of a conversion that did not end
+        _copy_marks(before, new, length)
+        os.replace(new, path)
+        sync_directory(path.parent)
+    except OSError as error:
+        raise from_os(error, f"convert {path}") from error
+    finally:
+        before.close()
+
+
+def _copy_marks(before: AllocationMap, new: Path, length: int) -> None:
+    converted = Bitmap.create(new, length)
+    try:
+        for first, last, _ in before.marked(0, blocks_of(length)):
+            converted.mark(first, last)
+        converted.flush()
+    except Error:
+        _remove(new)
+        raise
+    finally:
+        converted.close()
