@@ -7,8 +7,7 @@
     secondary   gate -> filter -> active -> hidden -> file
                 NBD server -> gate -> copy-before-write -> file
 
-Beside the LUN it offers the commands of the control socket (QEMU's views of
-jobs, nodes and exports are in files of their own), and on a secondary
+Beside the LUN it offers the commands of the control socket, QEMU's among them, and on a secondary
 the two TCP ports that only the primary's address may open, who besides knows the
 shared secret, or has its certificate with TLS. Where the peer is QEMU there is no control port.
 """
@@ -21,13 +20,12 @@ import logging
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, cast
 
 import tcmu_replication
 from tcmu_replication.block import space
 from tcmu_replication.block.disk_name import disk_name
 from tcmu_replication.block.file import File
-from tcmu_replication.block.mirror import Failure
 from tcmu_replication.block.node import Node
 from tcmu_replication.block.offload import Offload
 from tcmu_replication.block.remote import Remote, State
@@ -46,15 +44,11 @@ from tcmu_replication.frontend.nbd import Export
 from tcmu_replication.frontend.nbd import Server as NbdServer
 from tcmu_replication.jobs.compare import digests
 from tcmu_replication.nbd.uri import Tcp, Unix
-from tcmu_replication.qemu import block_schema
-from tcmu_replication.qemu.blockdev import Blockdev
+from tcmu_replication.qemu import colo, tables
 from tcmu_replication.qemu.colo import ControllersCheckpoint, ControllersStart
-from tcmu_replication.qemu.exports import Exports
-from tcmu_replication.qemu.graph import Graph
-from tcmu_replication.qemu.human import Human
-from tcmu_replication.qemu.jobs import Jobs
+from tcmu_replication.qemu.controller import Controller
 from tcmu_replication.qemu.peer import QemuPeer
-from tcmu_replication.qemu.replica import NamedReplica
+from tcmu_replication.qemu.view import Replica
 from tcmu_replication.replication.counterpart import Counterpart
 from tcmu_replication.replication.epochs import Epochs
 from tcmu_replication.replication.peer import ControlPeer
@@ -67,9 +61,6 @@ from tcmu_replication.replication.stages import Mode, Stage
 from tcmu_replication.tls import Context as Tls
 
 log = logging.getLogger(__name__)
-
-_QUORUM_OPERATION: dict[str, Literal["read", "write", "flush"]] = {"read": "read", "flush": "flush"}
-"""QEMU's name for what failed; the rest are writes."""
 
 
 class ReplicationHandler(Handler):
@@ -123,7 +114,9 @@ class ReplicationHandler(Handler):
 class PairBackstore(Backstore):
     """What both ends have in common: the commands, the status, and the LUN over NBD if it is wanted."""
 
-    table = schema.COMMANDS
+    table = tables.COMMANDS
+    events = tables.EVENTS
+    names = staticmethod(colo.names)
     engine: Primary | Secondary
     _peer_name: str
     _counterpart: Counterpart
@@ -155,13 +148,12 @@ class PairBackstore(Backstore):
             "stop-replication": self._stop,
             "query-errors": self._query_errors,
         }
-        replica = self._replica = NamedReplica(engine, connect)
-        self._graph = Graph(resource.name, engine, disk, replica)
-        blockdev = Blockdev(resource, host, self._graph, replica)
-        self._qmp_jobs = Jobs(resource.name, engine, self._emit)
-        self._qmp_exports = Exports(engine, disk, self._graph, self._emit, self._qmp_tls, link_server)
-        commands |= self._graph.commands | self._qmp_jobs.commands | self._qmp_exports.commands
-        commands |= blockdev.commands | Human(blockdev).commands
+        # Each engine has what its mode is asked for.
+        replica = cast(Replica, engine)
+        self._qemu = Controller(
+            resource, host, replica, disk, self._emit, self._qmp_tls, connect=connect, own=link_server
+        )
+        commands |= self._qemu.commands
         super().__init__(engine.top, resource.block_size, commands, resource.serial, offload)
 
     async def listen(self, control: ControlServer) -> None:
@@ -180,7 +172,7 @@ class PairBackstore(Backstore):
 
     async def close(self) -> None:
         """See `Backstore.close`: the replication is taken up again by the next open."""
-        await self._qmp_exports.close()
+        await self._qemu.exports.close()
         if self._lun_server is not None:
             await self._lun_server.close()
         try:
@@ -258,7 +250,7 @@ class PairBackstore(Backstore):
             stage=self.engine.stage.value, epoch=self.engine.epoch, error=self.engine.machine.error
         )
         self._emit("REPLICATION_STAGE", stage)
-        self._qmp_jobs.changed()
+        self._qemu.jobs.changed()
 
     def _emit(self, name: str, data: schema.Document) -> None:
         if self._control is not None:
@@ -417,7 +409,7 @@ class PrimaryBackstore(PairBackstore):
             peer,
             Path(mine.overlays),
             detach=resource.on_local_error == "detach",
-            failed=self._child_failed,
+            failed=lambda failure: self._qemu.failed(failure),
             stage_changed=self._tell_stage,
             pulse=pulse,
             heard=Heard(link.dead_after),
@@ -480,27 +472,6 @@ class PrimaryBackstore(PairBackstore):
             reason=reason or None,
         )
         self._emit("REPLICATION_LINK", now)
-
-    def _child_failed(self, failure: Failure) -> None:
-        """QEMU's events for a child of the mirror, in sectors of 512 bytes."""
-        start = failure.offset // 512
-        names = self._replica.names
-        replica = failure.child if names is None else names.root
-        sectors = (failure.offset + failure.length + 511) // 512 - start
-        bad = block_schema.QuorumReportBad(
-            type=_QUORUM_OPERATION.get(failure.operation, "write"),
-            error=str(failure.error),
-            node_name="disk" if failure.child == self.disk.name else replica,
-            sector_num=start,
-            sectors_count=sectors,
-        )
-        self._emit("QUORUM_REPORT_BAD", bad)
-        if failure.final:
-            reference = self.resource.name
-            self._emit(
-                "QUORUM_FAILURE",
-                block_schema.QuorumFailure(reference=reference, sector_num=start, sectors_count=sectors),
-            )
 
     async def close(self) -> None:
         """See `Backstore.close`."""
@@ -629,10 +600,10 @@ class SecondaryBackstore(PairBackstore):
 
     async def _publish(self, node: Node) -> None:
         self._server.publish(node)
-        await self._qmp_exports.publish(node)
+        await self._qemu.exports.publish(node)
 
     async def _withdraw(self) -> None:
-        await self._qmp_exports.withdraw()
+        await self._qemu.exports.withdraw()
         await self._server.withdraw()
 
     def _qmp_tls(self) -> Tls | None:
@@ -657,7 +628,7 @@ class SecondaryBackstore(PairBackstore):
 
     async def close(self) -> None:
         """See `Backstore.close`."""
-        await self._qmp_exports.close()  # some may be on the server that goes next
+        await self._qemu.exports.close()  # some may be on the server that goes next
         await self._server.server.close()
         await super().close()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import msgspec
 from msgspec import Meta, Struct
@@ -26,7 +26,12 @@ OPERATOR, PEER = Privilege.OPERATOR, Privilege.PEER
 
 
 class Document(Struct, frozen=True, forbid_unknown_fields=True, rename="kebab", kw_only=True):
-    """Base of everything that travels: immutable, known members only."""
+    """Base of everything that travels: immutable, known members only.
+
+    `limited_by` is of an event that comes at most once a second, for each value of that member by itself.
+    """
+
+    limited_by: ClassVar[str] = ""
 
 
 class Nothing(Document, frozen=True, kw_only=True):

@@ -1,8 +1,8 @@
 """What can be said over a control socket: the tables of commands and events, and the documents they carry.
 
 Members travel in kebab-case, as in QEMU's schema ("in-flight"). Sizes, offsets
-and lengths are bytes, times are ISO 8601 in UTC. A worker implements COMMANDS,
-the worker of a LUN that is no resource DEVICE_COMMANDS, the manager
+and lengths are bytes, times are ISO 8601 in UTC. A resource's worker implements COMMANDS (a
+handler may add rows of its own), the worker of any other LUN DEVICE_COMMANDS, the manager
 MANAGER_COMMANDS.
 """
 
@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
+from tcmu_replication.control import monitor
 from tcmu_replication.control.command import (
     OPERATOR,
     PEER,
@@ -25,9 +26,6 @@ from tcmu_replication.control.command import (
     Privilege as Privilege,
 )
 from tcmu_replication.control.protocol import Greeting
-from tcmu_replication.qemu import block_schema, blockdev_schema
-from tcmu_replication.qemu import schema as qemu_schema
-from tcmu_replication.qemu.schema import ErrorStatus
 
 Device = Annotated[str, Meta(pattern=r"^uio[0-9]{1,6}\Z")]
 """A UIO device, as in uio3."""
@@ -72,6 +70,13 @@ class Stop(Document, frozen=True, kw_only=True):
     """Arguments of stop-replication. `force`: although something here says that it is not safe."""
 
     force: bool = False
+
+
+class ErrorStatus(Document, frozen=True, kw_only=True):
+    """Whether a replication error is recorded, and which (QEMU's ReplicationStatus)."""
+
+    error: bool
+    desc: str | UnsetType = UNSET
 
 
 class DeviceArguments(Document, frozen=True, kw_only=True):
@@ -360,9 +365,6 @@ COMMANDS = table(
     Command("peer-prepare", PeerEpoch, None, PEER, "Get ready for the checkpoint that ends the epoch."),
     Command("peer-checkpoint", PeerCheckpoint, PeerState, PEER, "End the epoch; the secondary begins the next."),
     Command("peer-digests", PeerRange, PeerDigests, PEER, "Hashes of the secondary's disk, to compare."),
-    *qemu_schema.COMMANDS.values(),
-    *block_schema.COMMANDS.values(),
-    *blockdev_schema.COMMANDS.values(),
 )  # fmt: skip
 
 DEVICE_COMMANDS = table(
@@ -394,6 +396,5 @@ EVENTS: dict[str, type[Document]] = {
     "REPLICATION_STAGE": StageChanged,
     "REPLICATION_CHECKPOINT": Checkpoint,
     "REPLICATION_LINK": Link,
-    **qemu_schema.EVENTS,
-    **block_schema.EVENTS,
+    **monitor.EVENTS,
 }

@@ -9,9 +9,8 @@
 A handler is `async (arguments, session) -> result`, with arguments and result
 as the schema says; it raises `Error` to refuse. Commands of one connection run
 one after the other, those of different connections at the same time; what may
-be given out of band runs at once. A worker with a resource's commands answers
-to QEMU's names for them too. Whoever breaks the protocol loses that connection,
-with a line in the log, and nothing else happens.
+be given out of band runs at once. Whoever breaks the protocol loses that
+connection, with a line in the log, and nothing else happens.
 """
 
 from __future__ import annotations
@@ -38,10 +37,12 @@ from tcmu_replication.control.throttle import Throttle
 from tcmu_replication.errors import Error, Kind, from_os
 from tcmu_replication.listener import Listener, plain_host
 from tcmu_replication.prove import prove
-from tcmu_replication.qemu import colo
 from tcmu_replication.secret import Secret
 
 Handler = Callable[[Any, Session], Awaitable[Any]]
+Emit = Callable[[str, Document], None]
+Names = Callable[[Mapping[str, Handler], Emit], Mapping[str, Handler]]
+"""Handlers in terms of others: of those that there are, and of what sends an event."""
 
 log = logging.getLogger(__name__)
 
@@ -59,13 +60,24 @@ _UCRED = struct.Struct("3i")
 
 
 class Server:
-    """Serves `handlers`, each a row of `table`; without listen_* it serves nobody."""
+    """Serves `handlers`, each a row of `table`, and what `names` makes of them; without listen_* it serves nobody.
 
-    def __init__(self, handlers: Mapping[str, Handler], table: Mapping[str, Command] = COMMANDS) -> None:
-        unknown = set(handlers) - set(table)
+    `events` are those that it sends.
+    """
+
+    def __init__(
+        self,
+        handlers: Mapping[str, Handler],
+        table: Mapping[str, Command] = COMMANDS,
+        events: Mapping[str, type[Document]] = EVENTS,
+        names: Names = lambda handlers, emit: {},
+    ) -> None:
+        self._handlers = {**handlers, **names(handlers, self.emit)}
+        unknown = set(self._handlers) - set(table)
         assert not unknown, f"handlers without a row in the command table: {unknown}"
-        self._handlers = {**handlers, **colo.names(handlers, self.emit)}
         self._table = table
+        self._events = events
+        self._names = names
         for name in self._handlers:
             table[name].prepare()
         self._listeners: list[Listener] = []
@@ -91,10 +103,15 @@ class Server:
         self._operators = self._operators_listener()
         await self._operators.listen_unix(str(path))
 
-    def listen_beside(self, other: Server) -> None:
-        """On a loop of its own: take the operators of `other`, whose loop is stuck, until `close`. Raises OSError."""
-        assert other._operators is not None
-        self._operators_listener().listen_beside(other._operators)
+    def stand_in(self, handlers: Mapping[str, Handler]) -> Server:
+        """One that speaks as this one does, on a loop of its own, where this one's is stuck.
+
+        It takes this one's operators until its `close`. Raises OSError.
+        """
+        server = Server(handlers, self._table, self._events, self._names)
+        assert self._operators is not None
+        server._operators_listener().listen_beside(self._operators)
+        return server
 
     def _operators_listener(self) -> Listener:
         listener = Listener("control", lambda sock, name: self._meet_operator(listener, sock))
@@ -130,7 +147,7 @@ class Server:
 
     def emit(self, name: str, data: Document) -> None:
         """Send an event to every operator that has negotiated. Never blocks, never raises."""
-        assert isinstance(data, EVENTS[name]), f"{name} carries {EVENTS[name].__name__}"
+        assert isinstance(data, self._events[name]), f"{name} carries {self._events[name].__name__}"
         self._throttle.pass_on(name, data, self._emit)
 
     def _emit(self, name: str, data: Document) -> None:
@@ -197,7 +214,7 @@ class Server:
         task = asyncio.current_task()
         assert task is not None
         reader, writer = streams
-        session = Session(self._table, self._handlers, privilege, peer)
+        session = Session(self._table, self._handlers, privilege, peer, self._events)
         self._clients[task] = session, writer
         if self._count(Privilege.PEER) > MAX_PEERS:
             self._hang_up_on_the_oldest_peer()

@@ -6,12 +6,12 @@ from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from tcmu_replication.control import framing, introspection
-from tcmu_replication.control.command import Command, Privilege
+from tcmu_replication.control.command import Command, Document, Privilege
 from tcmu_replication.control.framing import NO_COMMAND, ClassError, Request
+from tcmu_replication.control.monitor import SESSION_COMMANDS
 from tcmu_replication.control.protocol import Terms
 from tcmu_replication.control.schema import EVENTS
 from tcmu_replication.errors import Error, Kind
-from tcmu_replication.qemu.schema import SESSION_COMMANDS
 
 
 class Call(NamedTuple):
@@ -26,18 +26,24 @@ class Session:
     """`privilege` is what this connection may do, `peer` says for the log who it is.
 
     `commands` is the table, `served` the names that have a handler: the rest
-    is not found, and neither is what the privilege does not cover. `terms` is what
-    the peer's greeting came to, None before it.
+    is not found, and neither is what the privilege does not cover. `events` are
+    those that may come. `terms` is what the peer's greeting came to, None before it.
     """
 
     def __init__(
-        self, commands: Mapping[str, Command], served: Collection[str], privilege: Privilege, peer: str
+        self,
+        commands: Mapping[str, Command],
+        served: Collection[str],
+        privilege: Privilege,
+        peer: str,
+        events: Mapping[str, type[Document]] = EVENTS,
     ) -> None:
         self.privilege = privilege
         self.peer = peer
         self.negotiated = False
         self.oob = False
         self.terms: Terms | None = None
+        self._events = events
         self._commands = SESSION_COMMANDS | {
             name: row
             for name, row in commands.items()
@@ -90,7 +96,7 @@ class Session:
             case "query-commands":
                 return [{"name": name} for name in sorted(self._commands)]
             case "query-qmp-schema":
-                return introspection.schema(self._commands.values(), EVENTS)
+                return introspection.schema(self._commands.values(), self._events)
             case "query-version":
                 return framing.version()
             case _:

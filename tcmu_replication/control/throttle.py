@@ -14,14 +14,11 @@ from tcmu_replication.control.command import Document
 
 PERIOD_S = 1.0
 
-LIMITED = {"QUORUM_REPORT_BAD": "node_name", "QUORUM_FAILURE": "reference"}
-"""The events that are limited, and the member whose values are limited each by itself."""
-
 Emit = Callable[[str, Document], None]
 
 
 class Throttle:
-    """Passes events on, those of LIMITED at most once in PERIOD_S for each node."""
+    """Passes events on, those with `limited_by` at most once in PERIOD_S for each of its values."""
 
     def __init__(self) -> None:
         self._waiting: dict[tuple[str, str], Document | None] = {}
@@ -29,11 +26,10 @@ class Throttle:
 
     def pass_on(self, name: str, data: Document, emit: Emit) -> None:
         """Call `emit` now, later, or with a later event in this one's place."""
-        member = LIMITED.get(name)
-        if member is None:
+        if not data.limited_by:
             emit(name, data)
             return
-        key = name, getattr(data, member)
+        key = name, getattr(data, data.limited_by)
         if key in self._timers:
             self._waiting[key] = data
         else:

@@ -33,7 +33,6 @@ from typing import Any, NamedTuple
 from tcmu_replication.block.file import File
 from tcmu_replication.block.offload import Offload
 from tcmu_replication.control import schema
-from tcmu_replication.control.command import Command
 from tcmu_replication.control.server import Handler, Server
 from tcmu_replication.control.session import Session
 from tcmu_replication.errors import Error, Kind
@@ -82,7 +81,6 @@ class Guardian:
         frontends: Mapping[str, TcmuFrontend],
         control: Server,
         commands: Commands,
-        table: Mapping[str, Command],
         defect: Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None],
     ) -> None:
         self.name = name
@@ -90,7 +88,6 @@ class Guardian:
         self._frontends = frontends
         self._control = control
         self._commands = commands
-        self._table = table
         self._defect = defect
         self._loop = asyncio.get_running_loop()
         self._thread, self._task = threading.get_ident(), task.this()
@@ -208,12 +205,8 @@ class Guardian:
 
     def _take_connections(self) -> None:
         known = {name: partial(self._command, name) for name in self._commands}
-        server = Server(known, self._table)
-        try:
-            server.listen_beside(self._control)
-        except OSError:  # no descriptor left: tried again at the next look
-            return
-        self._stand_in = server
+        with contextlib.suppress(OSError):  # no descriptor left: tried again at the next look
+            self._stand_in = self._control.stand_in(known)
 
     async def _end_connections(self) -> None:
         server, self._stand_in = self._stand_in, None

@@ -14,9 +14,9 @@ from typing import ClassVar
 
 from tcmu_replication.block.gate import Gate
 from tcmu_replication.block.offload import Offload
-from tcmu_replication.control.schema import DEVICE_COMMANDS, Command, Document, Frontend
+from tcmu_replication.control.schema import DEVICE_COMMANDS, EVENTS, Command, Document, Frontend
+from tcmu_replication.control.server import Emit, Server
 from tcmu_replication.control.server import Handler as CommandHandler
-from tcmu_replication.control.server import Server
 from tcmu_replication.daemon.places import Context
 from tcmu_replication.errors import Error, Kind
 
@@ -30,12 +30,14 @@ class Backstore:
 
     Without a block size that of the kernel's backstore counts.
     `commands` are the bodies of control commands, rows of `table`; the worker
-    adds query-status and quit where they are missing. `serial` is the unit
+    adds query-status and quit where they are missing, and `names` puts others
+    in their terms. `events` are those of the control socket. `serial` is the unit
     serial number for frontends that have no other. `offload` has the calls of
     its disks that may take long.
     """
 
     table: ClassVar[Mapping[str, Command]] = DEVICE_COMMANDS
+    events: ClassVar[Mapping[str, type[Document]]] = EVENTS
 
     def __init__(
         self,
@@ -52,6 +54,11 @@ class Backstore:
         self.offload = offload
         self.devices: Callable[[], str | None] = lambda: None
         """The worker's answer: which devices serve this LUN, in words, or None."""
+
+    @staticmethod
+    def names(handlers: Mapping[str, CommandHandler], emit: Emit) -> Mapping[str, CommandHandler]:
+        """Commands in terms of the worker's; `emit` sends an event."""
+        return {}
 
     async def listen(self, control: Server) -> None:
         """The control socket is there: listen where else requests and commands come from. Raises `Error`."""

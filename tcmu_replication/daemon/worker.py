@@ -21,6 +21,7 @@ from typing import Any
 
 import tcmu_replication
 from tcmu_replication.control import lock, schema
+from tcmu_replication.control.monitor import Shutdown
 from tcmu_replication.control.schema import Command
 from tcmu_replication.control.server import Handler as CommandHandler
 from tcmu_replication.control.server import Server
@@ -32,7 +33,6 @@ from tcmu_replication.daemon.places import Context
 from tcmu_replication.errors import Error, Kind
 from tcmu_replication.frontend.tcmu import TcmuFrontend
 from tcmu_replication.host import systemd
-from tcmu_replication.qemu.schema import Shutdown
 from tcmu_replication.scsi.identity import Identity as ScsiIdentity
 from tcmu_replication.scsi.unit import LogicalUnit
 from tcmu_replication.tcmu import configfs, uio
@@ -110,13 +110,13 @@ class Worker:
         path = places.socket_path(self.context.run_directory, self.name)
         if (pid := lock.holder(path)) is not None:
             raise Error(Kind.CONFLICT, f"{self.name} is already served by process {pid}")
-        self.backstore = await handler.load(self.subtype).open(self.config, self.context)
-        commands, table = self._commands(self.backstore), self.backstore.table
-        control = self._control = Server(commands, table)
+        lun = self.backstore = await handler.load(self.subtype).open(self.config, self.context)
+        commands = self._commands(lun)
+        control = self._control = Server(commands, lun.table, lun.events, lun.names)
         self.backstore.devices = lambda: ", ".join(self.frontends) or None
         try:
             await control.listen_unix(path)
-            self._guardian = Guardian(self.name, self.frontends, control, commands, table, self._defect)
+            self._guardian = Guardian(self.name, self.frontends, control, commands, self._defect)
             self._guardian.start()
             await self.backstore.listen(control)
             await self._find_devices(path)

@@ -6,7 +6,7 @@ QEMU 7.2. Their older members are written with an underscore, as there.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from msgspec import UNSET, Meta, UnsetType
 
@@ -209,6 +209,7 @@ EXPORTS = table(
 class QuorumReportBad(Document, frozen=True, kw_only=True):
     """A child of the mirror failed; a flush has no sectors."""
 
+    limited_by: ClassVar[str] = "node_name"
     type: Literal["read", "write", "flush"]
     error: str | UnsetType = UNSET
     node_name: str
@@ -219,6 +220,7 @@ class QuorumReportBad(Document, frozen=True, kw_only=True):
 class QuorumFailure(Document, frozen=True, kw_only=True):
     """A request to the mirror failed: nobody whose word counts could carry it out."""
 
+    limited_by: ClassVar[str] = "reference"
     reference: str
     sector_num: Count
     sectors_count: Count

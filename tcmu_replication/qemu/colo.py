@@ -7,18 +7,17 @@ is answered, and stopping a secondary without a failover succeeds.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Literal
 
 from msgspec import UNSET
 
-from tcmu_replication.control.command import Document, Nothing
+from tcmu_replication.control.command import Nothing
 from tcmu_replication.control.schema import Failover, Start, Stop
+from tcmu_replication.control.server import Emit, Handler
 from tcmu_replication.control.session import Session
 from tcmu_replication.errors import Error, Kind
 from tcmu_replication.qemu.schema import ColoExit, ColoStatus, ErrorStatus, SetReplication
-
-Handler = Callable[[Any, Session], Awaitable[Any]]
 
 
 class ControllersStart(Start, frozen=True, kw_only=True):
@@ -29,7 +28,6 @@ class ControllersCheckpoint(Nothing, frozen=True, kw_only=True):
     """Checkpoint, as QEMU means it: of this end alone."""
 
 
-NEEDED = {"query-status", "start", "checkpoint", "failover", "stop-replication", "query-errors"}
 FAILOVER = Failover(to="checkpoint", force=True)
 """QEMU's failover: it is not asked whether the primary lives, since the controller decides."""
 _NUMBER = {"primary": 0, "secondary": 1}
@@ -43,13 +41,8 @@ _COLO: dict[str, tuple[bool, Literal["none", "request", "error", "processing"]]]
 """For each stage whether this end has a COLO mode, and the reason why it lost it."""
 
 
-def names(handlers: Mapping[str, Handler], emit: Callable[[str, Document], None]) -> dict[str, Handler]:
-    """QEMU's commands in terms of a worker's `handlers`; none if these are not a resource's.
-
-    `emit` sends an event.
-    """
-    if not set(handlers) >= NEEDED:
-        return {}
+def names(handlers: Mapping[str, Handler], emit: Emit) -> Mapping[str, Handler]:
+    """QEMU's commands in terms of a resource's `handlers`; `emit` sends an event."""
 
     async def set_replication(arguments: SetReplication, session: Session) -> None:
         status = await handlers["query-status"](Nothing(), session)

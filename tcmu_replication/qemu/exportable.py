@@ -15,17 +15,18 @@ from tcmu_replication.block.file import File
 from tcmu_replication.block.gate import Gate
 from tcmu_replication.block.node import Node
 from tcmu_replication.block.replication import Closed
+from tcmu_replication.block.replication import Replica as Filter
 from tcmu_replication.errors import Error, Kind
 from tcmu_replication.qemu.graph import Graph
-from tcmu_replication.replication.primary import Primary
-from tcmu_replication.replication.secondary import Secondary
+from tcmu_replication.qemu.view import Replica
+from tcmu_replication.replication.stages import Mode
 
 
 class Exportable:
     """The gates behind one end's names. `device` is the one that forwarded writes may come through."""
 
-    def __init__(self, engine: Primary | Secondary, disk: File, graph: Graph) -> None:
-        self._engine = engine
+    def __init__(self, replica: Replica, disk: File, graph: Graph) -> None:
+        self._replica = replica
         self._disk = disk
         self._graph = graph
         self._reader = Gate(disk)
@@ -45,7 +46,7 @@ class Exportable:
         """The gate behind a device's or node's name, and the name of the node. Raises `Error`."""
         graph = self._graph
         if what in (graph.lun, "top", "replication"):
-            return self._engine.top, "top" if isinstance(self._engine, Primary) else "replication"
+            return self._replica.top, "top" if self._replica.mode is Mode.PRIMARY else "replication"
         if what == graph.disk:
             if writable:
                 self._check_writable()
@@ -64,8 +65,8 @@ class Exportable:
 
         Not the stage says so: it changes behind a failover, and a start that fails takes its own back.
         """
-        engine = self._engine
-        if isinstance(engine, Secondary) and (isinstance(engine.filter.writes, Closed) or self.forwards):
+        chain = self._replica.filter
+        if isinstance(chain, Filter) and (isinstance(chain.writes, Closed) or self.forwards):
             return
         raise _conflict("the LUN")
 

@@ -17,8 +17,8 @@ from msgspec import UNSET
 
 from tcmu_replication.block.file import File
 from tcmu_replication.block.node import Node
-from tcmu_replication.control.command import Document, Nothing
-from tcmu_replication.control.server import Handler
+from tcmu_replication.control.command import Nothing
+from tcmu_replication.control.server import Emit, Handler
 from tcmu_replication.control.session import Session
 from tcmu_replication.errors import Error, Kind
 from tcmu_replication.frontend.link_server import LinkServer
@@ -27,11 +27,8 @@ from tcmu_replication.qemu import block_schema as schema
 from tcmu_replication.qemu.address import leads_to, listening
 from tcmu_replication.qemu.exportable import Exportable
 from tcmu_replication.qemu.graph import WELL_FORMED, Graph
-from tcmu_replication.replication.primary import Primary
-from tcmu_replication.replication.secondary import Secondary
+from tcmu_replication.qemu.view import Replica
 from tcmu_replication.tls import Context
-
-Emit = Callable[[str, Document], None]
 
 
 class Exports:
@@ -42,19 +39,18 @@ class Exports:
 
     def __init__(
         self,
-        engine: Primary | Secondary,
+        replica: Replica,
         disk: File,
         graph: Graph,
         emit: Emit,
         tls: Callable[[], Context | None],
         own: LinkServer | None,
     ) -> None:
-        self._engine = engine
         self._graph = graph
         self._emit = emit
         self._tls = tls
         self._own = own
-        self._exportable = Exportable(engine, disk, graph)
+        self._exportable = Exportable(replica, disk, graph)
         self._server: Server | None = None
         self._starting = asyncio.Lock()  # looks names up, which a failover must not wait for
         self._changing = asyncio.Lock()
@@ -69,7 +65,7 @@ class Exports:
             "query-block-exports": self._query,
         }
 
-    # --- what the secondary's engine says
+    # --- what the secondary says
 
     async def publish(self, forwarded: Node) -> None:
         """Forwarded writes are taken: who writes to the device writes there from now on."""

@@ -24,15 +24,16 @@ from tcmu_replication.block.mirror import Mirror
 from tcmu_replication.block.node import Node
 from tcmu_replication.block.overlay import Overlay
 from tcmu_replication.block.remote import Remote
-from tcmu_replication.block.replication import Forward, Replica
+from tcmu_replication.block.replication import Forward
+from tcmu_replication.block.replication import Replica as Filter
 from tcmu_replication.control.command import Nothing
 from tcmu_replication.control.server import Handler
 from tcmu_replication.control.session import Session
 from tcmu_replication.errors import Error, Kind
 from tcmu_replication.qemu import block_schema as schema
 from tcmu_replication.qemu.replica import NamedReplica
-from tcmu_replication.replication.primary import Primary
-from tcmu_replication.replication.secondary import Secondary
+from tcmu_replication.qemu.view import Replica
+from tcmu_replication.replication.stages import Mode
 
 WELL_FORMED = re.compile(r"[A-Za-z][A-Za-z0-9._-]*\Z")
 """A name that a controller may give (QEMU's id_wellformed)."""
@@ -40,7 +41,7 @@ WELL_FORMED = re.compile(r"[A-Za-z][A-Za-z0-9._-]*\Z")
 _DRIVERS: dict[type[Node], tuple[str, str]] = {
     Mirror: ("top", "quorum"),
     Forward: ("replication", "replication"),
-    Replica: ("replication", "replication"),
+    Filter: ("replication", "replication"),
     Remote: ("remote", "nbd"),
     Overlay: ("", "overlay"),
     CopyBeforeWrite: ("copy-before-write", "copy-before-write"),
@@ -52,14 +53,14 @@ _CACHE = schema.BlockdevCacheInfo(writeback=True, direct=False, no_flush=False)
 
 
 class Graph:
-    """The commands of nodes, for one end of the resource `name`."""
+    """The commands of nodes, for one end of a resource."""
 
-    def __init__(self, name: str, engine: Primary | Secondary, disk: File, replica: NamedReplica) -> None:
-        self.lun = name
-        self.disk = f"{name}-disk"
-        self._engine = engine
-        self._file = disk
+    def __init__(self, replica: Replica, disk: File, named: NamedReplica) -> None:
+        self.lun = replica.name
+        self.disk = f"{replica.name}-disk"
         self._replica = replica
+        self._file = disk
+        self._named = named
         self.commands: dict[str, Handler] = {
             "query-block": self._query_block,
             "query-named-block-nodes": self._query_nodes,
@@ -68,21 +69,21 @@ class Graph:
 
     def nodes(self) -> dict[str, Node]:
         """Every node, by its node-name."""
-        engine = self._engine
-        roots: list[Node] = [engine.top, self._file]
-        if isinstance(engine, Secondary):
-            roots += [] if engine.forwarded is None else [engine.forwarded]
-        elif (replica := self._replica.root()) is not None and not self._replica.attached:
-            roots.append(replica)
+        replica = self._replica
+        roots: list[Node] = [replica.top, self._file]
+        if replica.mode is Mode.SECONDARY:
+            roots += [] if replica.forwarded is None else [replica.forwarded]
+        elif (root := self._named.root()) is not None and not self._named.attached:
+            roots.append(root)
         return {self.name(node): node for root in roots for node in self._walk(root)}
 
     def devices(self) -> dict[str, Node]:
         """The node that each device shows."""
-        engine = self._engine
+        replica = self._replica
         disk: Node = self._file
-        if isinstance(engine, Secondary) and engine.forwarded is not None:
-            disk = engine.forwarded
-        return {name: next(self._walk(root)) for name, root in ((self.lun, engine.top), (self.disk, disk))}
+        if replica.mode is Mode.SECONDARY and replica.forwarded is not None:
+            disk = replica.forwarded
+        return {name: next(self._walk(root)) for name, root in ((self.lun, replica.top), (self.disk, disk))}
 
     def find(self, name: str) -> Node:
         """A device's or else a node's. Raises `Error(NOT_FOUND)` in QEMU's words."""
@@ -93,7 +94,7 @@ class Graph:
 
     def name(self, node: Node) -> str:
         """A node's node-name."""
-        return self._replica.name(node) or _DRIVERS[type(node)][0] or node.name
+        return self._named.name(node) or _DRIVERS[type(node)][0] or node.name
 
     def _walk(self, node: Node) -> Iterator[Node]:
         """The node and all below it that QEMU would call nodes, the one that is read from first."""
@@ -106,8 +107,8 @@ class Graph:
         if not isinstance(node, Mirror):
             return node.children
         local = tuple(child for child in node.children if child is not node.replica)
-        replica = self._replica.root()
-        return local if replica is None or not self._replica.attached else (*local, replica)
+        replica = self._named.root()
+        return local if replica is None or not self._named.attached else (*local, replica)
 
     # --- commands
 
@@ -157,7 +158,7 @@ class Graph:
     async def _remove(self, parent: Node, name: str, asked: str, child: str) -> None:
         if child not in self._child_names(parent):
             raise Error(Kind.NOT_FOUND, f"Node '{asked}' does not have child '{child}'")
-        if not isinstance(parent, Mirror) or not isinstance(self._engine, Primary):
+        if not isinstance(parent, Mirror) or self._replica.mode is not Mode.PRIMARY:
             raise Error(Kind.UNSUPPORTED, f"The node {name} does not support removing a child")
         if len(self._children(parent)) == 1:
             raise Error(
@@ -168,17 +169,17 @@ class Graph:
                 Kind.UNSUPPORTED,
                 f"the local disk of {self.lun} is what counts and cannot be removed; fail over on the secondary",
             )
-        await self._replica.detach()
+        await self._named.detach()
 
     async def _add(self, parent: Node, name: str, new: str) -> None:
         node = self.nodes().get(new)
         if node is None:
             raise Error(Kind.NOT_FOUND, f"Node '{new}' not found")
-        if not isinstance(parent, Mirror) or not isinstance(self._engine, Primary):
+        if not isinstance(parent, Mirror) or self._replica.mode is not Mode.PRIMARY:
             raise Error(Kind.UNSUPPORTED, f"The node {name} does not support adding a child")
-        if node is not self._replica.root() or self._replica.attached:
+        if node is not self._named.root() or self._named.attached:
             raise Error(Kind.CONFLICT, f"The node {new} already has a parent")
-        await self._replica.attach()
+        await self._named.attach()
 
     def _child_names(self, parent: Node) -> list[str]:
         """QEMU's names of a node's children."""

@@ -7,23 +7,19 @@ calls its unexpected end: an error, and no forwarded write any more.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from msgspec import UNSET
 
-from tcmu_replication.control.command import Document, Nothing
+from tcmu_replication.control.command import Nothing
 from tcmu_replication.control.framing import NOT_ACTIVE, ClassError
-from tcmu_replication.control.server import Handler
+from tcmu_replication.control.server import Emit, Handler
 from tcmu_replication.control.session import Session
 from tcmu_replication.errors import Kind
 from tcmu_replication.jobs.job import Job, JobStatus
 from tcmu_replication.qemu import schema
-from tcmu_replication.replication.primary import Primary
-from tcmu_replication.replication.secondary import Secondary
-from tcmu_replication.replication.stages import BACKUP_GONE
-
-Emit = Callable[[str, Document], None]
+from tcmu_replication.qemu.view import Replica
+from tcmu_replication.replication.stages import BACKUP_GONE, Mode
 
 _LAST_WORDS: dict[JobStatus, tuple[schema.JobState, ...]] = {
     JobStatus.CONCLUDED: ("waiting", "pending"),
@@ -36,9 +32,8 @@ _LAST_WORDS: dict[JobStatus, tuple[schema.JobState, ...]] = {
 class Jobs:
     """The commands of jobs, and their events through `emit`: call `changed` when there may be some."""
 
-    def __init__(self, name: str, engine: Primary | Secondary, emit: Emit) -> None:
-        self._name = name
-        self._engine = engine
+    def __init__(self, replica: Replica, emit: Emit) -> None:
+        self._replica = replica
         self._emit = emit
         self._told: Job | None = None
         self.commands: dict[str, Handler] = {
@@ -50,7 +45,7 @@ class Jobs:
 
     def changed(self) -> None:
         """Tell of a job that has begun, and of one that has ended since."""
-        job = self._engine.job
+        job = self._replica.job
         if job is not None and job.status is JobStatus.RUNNING:
             if job is not self._told:
                 self._told = job
@@ -82,7 +77,7 @@ class Jobs:
             self._emit("JOB_STATUS_CHANGE", schema.JobStatusChange(id=name, status=one))
 
     def _running(self) -> list[Job]:
-        job = self._engine.job
+        job = self._replica.job
         return [] if job is None or job.status is not JobStatus.RUNNING else [job]
 
     # --- commands
@@ -128,14 +123,14 @@ class Jobs:
 
     async def _cancel(self, name: str) -> bool:
         """End a job; False if there is none of that name."""
-        engine = self._engine
-        if not isinstance(engine, Secondary):
+        replica = self._replica
+        if replica.mode is not Mode.SECONDARY:
             return False
         if name in [job.name for job in self._running()]:
-            await engine.cancel_commit()
+            await replica.cancel_commit()
             return True
-        if name == f"backup-{self._name}" and engine.forwarded is not None:
-            await engine.backup_ended(BACKUP_GONE)
+        if name == f"backup-{replica.name}" and replica.forwarded is not None:
+            await replica.backup_ended(BACKUP_GONE)
             ended: dict[str, Any] = {"type": "backup", "device": name, "len": 0, "offset": 0, "speed": 0}
             self._emit("BLOCK_JOB_CANCELLED", schema.BlockJobCancelled(**ended))
             return True

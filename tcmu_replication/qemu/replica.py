@@ -1,6 +1,6 @@
 """The node-names of a primary's replica, and whether a controller sees it as the quorum's child.
 
-The replica is the engine's, and the resource file says what it is. A controller
+The replica is there without any controller, and the resource file says what it is. A controller
 gives it names (blockdev-add), makes it the mirror's child and takes it out
 (x-blockdev-change), and forgets the names (blockdev-del). Without it the names
 are `replication` and `remote`, from start to stop.
@@ -15,9 +15,8 @@ from tcmu_replication.block.node import Node
 from tcmu_replication.block.remote import Remote
 from tcmu_replication.block.replication import Forward
 from tcmu_replication.errors import Error, Kind
-from tcmu_replication.replication.primary import Primary
-from tcmu_replication.replication.secondary import Secondary
-from tcmu_replication.replication.stages import Stage
+from tcmu_replication.qemu.view import Replica
+from tcmu_replication.replication.stages import Mode, Stage
 
 
 @dataclass
@@ -40,12 +39,12 @@ class Names:
 class NamedReplica:
     """One primary's; a secondary has none. `connect` makes a connection that is shown before there is one."""
 
-    def __init__(self, engine: Primary | Secondary, connect: Callable[[], Remote] | None) -> None:
-        self._engine = engine
+    def __init__(self, replica: Replica, connect: Callable[[], Remote] | None) -> None:
+        self._replica = replica
         self._connect = connect
         self._given: Names | None = None
         self._child = False
-        self._forgotten: Forward | None = None
+        self._forgotten: Node | None = None
         self._idle: Forward | None = None
 
     @property
@@ -53,8 +52,8 @@ class NamedReplica:
         """What it is called now; None if it is not there."""
         if self._given is not None:
             return self._given
-        engine = self._running()
-        if engine is None or (engine.removed and engine.filter is self._forgotten):
+        running = self._running()
+        if running is None or (running.removed and running.filter is self._forgotten):
             return None
         return Names("remote", "replication", nested=True)
 
@@ -63,13 +62,13 @@ class NamedReplica:
         """Whether it is the mirror's child."""
         if self._given is not None:
             return self._child
-        engine = self._running()
-        return engine is not None and not engine.removed
+        running = self._running()
+        return running is not None and not running.removed
 
     def root(self) -> Node | None:
         """The node that is, or would be, the mirror's child."""
-        names, engine = self.names, self._running()
-        top = self._idle if engine is None else engine.filter
+        names, running = self.names, self._running()
+        top = self._idle if running is None else running.filter
         if names is None or top is None:
             return None
         return top if names.filter is not None else top.children[0]
@@ -91,18 +90,18 @@ class NamedReplica:
 
     def forget(self) -> None:
         """It is not there any more; it must not be attached."""
-        engine = self._running()
+        running = self._running()
         self._given = self._idle = None
-        self._forgotten = None if engine is None else engine.filter
+        self._forgotten = None if running is None else running.filter
 
     async def attach(self) -> None:
         """Make it the mirror's child. Raises `Error(INVALID_STATE)` if the secondary may miss writes."""
-        engine = self._engine
-        if engine.stage is Stage.DONE:
+        replica = self._replica
+        if replica.stage is Stage.DONE:
             raise Error(
                 Kind.INVALID_STATE,
-                f"replication of {engine.name} has ended, and the disks differ since; copy this host's disk to the "
-                f"secondary's and start both (tcmu-replication start {engine.name}, on the secondary first), which "
+                f"replication of {replica.name} has ended, and the disks differ since; copy this host's disk to the "
+                f"secondary's and start both (tcmu-replication start {replica.name}, on the secondary first), which "
                 "compares them: that attaches the replica",
             )
         running = self._running()
@@ -123,8 +122,7 @@ class NamedReplica:
         if running is not None and running.remote is not None:
             running.remote.close()
 
-    def _running(self) -> Primary | None:
-        engine = self._engine
-        if isinstance(engine, Primary) and engine.stage is Stage.RUNNING and engine.filter is not None:
-            return engine
-        return None
+    def _running(self) -> Replica | None:
+        replica = self._replica
+        forwards = replica.mode is Mode.PRIMARY and replica.stage is Stage.RUNNING
+        return replica if forwards and replica.filter is not None else None

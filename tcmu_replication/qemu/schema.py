@@ -1,59 +1,19 @@
 """QEMU's commands and events that we have, and the documents that they carry.
 
-Source: qapi/control.json, introspect.json, migration.json, job.json and
-block-core.json of QEMU 7.2; the block layer's are in `block_schema`. A member
+Source: qapi/migration.json, job.json and block-core.json of QEMU 7.2; the block
+layer's are in `block_schema`, the monitor's own in `control.monitor`. A member
 that QEMU has and we do not is one that would do nothing here; one that QEMU
 leaves out when it has no value is UNSET, never null.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from msgspec import UNSET, UnsetType
 
-from tcmu_replication.control.command import OPERATOR, PEER, Command, Count, Document, Nothing, table
-
-# --- the monitor itself (control.json, introspect.json)
-
-
-class Capabilities(Document, frozen=True, kw_only=True):
-    """Arguments of qmp_capabilities: what of the greeting's `capabilities` is wanted."""
-
-    enable: list[Literal["oob"]] = []
-
-
-class CommandInfo(Document, frozen=True, kw_only=True):
-    """A command that this connection may give."""
-
-    name: str
-
-
-class VersionTriple(Document, frozen=True, kw_only=True):
-    """Our version, where QEMU has its own: clients look there."""
-
-    major: int
-    minor: int
-    micro: int
-
-
-class Version(Document, frozen=True, kw_only=True):
-    """Result of query-version; `package` says that this is not QEMU."""
-
-    qemu: VersionTriple
-    package: str
-
-
-SESSION_COMMANDS = table(
-    Command("qmp_capabilities", Capabilities, None, PEER, "Negotiate; the first command of a connection."),
-    Command("query-commands", Nothing, list[CommandInfo], PEER, "The commands of this connection."),
-    Command(
-        "query-qmp-schema", Nothing, list[dict[str, Any]], PEER, "The schema of all commands and events."
-    ),
-    Command("query-version", Nothing, Version, PEER, "Who serves here."),
-)
-"""What every connection has."""
-
+from tcmu_replication.control.command import OPERATOR, Command, Count, Document, Nothing, table
+from tcmu_replication.control.schema import ErrorStatus
 
 # --- replication (migration.json)
 
@@ -64,13 +24,6 @@ class SetReplication(Document, frozen=True, kw_only=True):
     enable: bool
     primary: bool
     failover: bool | UnsetType = UNSET
-
-
-class ErrorStatus(Document, frozen=True, kw_only=True):
-    """Whether a replication error is recorded, and which (QEMU's ReplicationStatus)."""
-
-    error: bool
-    desc: str | UnsetType = UNSET
 
 
 class ColoStatus(Document, frozen=True, kw_only=True):
@@ -189,13 +142,6 @@ JOBS = table(
 )
 
 
-class Shutdown(Document, frozen=True, kw_only=True):
-    """The worker ends."""
-
-    guest: bool
-    reason: Literal["host-qmp-quit"]
-
-
 COMMANDS = REPLICATION | JOBS
 
 EVENTS: dict[str, type[Document]] = {
@@ -204,5 +150,4 @@ EVENTS: dict[str, type[Document]] = {
     "BLOCK_JOB_ERROR": BlockJobError,
     "JOB_STATUS_CHANGE": JobStatusChange,
     "COLO_EXIT": ColoExit,
-    "SHUTDOWN": Shutdown,
 }

@@ -31,6 +31,7 @@ from tcmu_replication.nbd.handshake import ServerHandshake
 from tcmu_replication.nbd.handshake_client import ClientHandshake
 from tcmu_replication.nbd.protocol import GREETING
 from tcmu_replication.nbd.uri import Unix
+from tcmu_replication.qemu import tables
 from tcmu_replication.replication.manifest import Manifest, encode
 from tcmu_replication.replication.stages import Mode, Stage
 from tcmu_replication.scsi.command import Command
@@ -219,7 +220,7 @@ async def control(folder: Path) -> None:
         ((said, answered),) = relay.said
     keep("control_requests", "qemu-qmp", b"\0\0", bytes(said))
     keep("control_replies", "ours", b"\0", bytes(answered))
-    for row in schema.COMMANDS.values():
+    for row in tables.COMMANDS.values():
         request = json.dumps({"execute": row.name, "arguments": {}, "id": 1}).encode()
         keep("control_requests", f"command-{row.name}", b"\2\0", request)
     await ours.close()

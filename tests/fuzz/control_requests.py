@@ -11,9 +11,10 @@ import json
 from typing import NoReturn
 
 from tcmu_replication.control import framing
-from tcmu_replication.control.schema import COMMANDS, Privilege
+from tcmu_replication.control.command import Privilege
 from tcmu_replication.control.session import Call, Session
 from tcmu_replication.errors import Error, Kind
+from tcmu_replication.qemu.tables import COMMANDS
 from tests.fuzz.script import Script, pieces, told
 
 WORDS = (

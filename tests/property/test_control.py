@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from tcmu_replication.control import framing
 from tcmu_replication.control.command import Privilege
-from tcmu_replication.control.schema import COMMANDS
 from tcmu_replication.control.session import Call, Session
 from tcmu_replication.errors import Error, Kind
+from tcmu_replication.qemu.tables import COMMANDS
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),

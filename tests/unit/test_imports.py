@@ -35,11 +35,12 @@ MAY = {
     "tcmu": [],
     "block": ["nbd"],
     "jobs": ["block"],
-    "control": ["qemu"],
+    "control": [],
     "host": ["tcmu"],
     "replication": ["block", "jobs", "control"],
     "frontend": ["block", "scsi", "tcmu", "nbd"],
-    "daemon": ["block", "control", "frontend", "host", "qemu", "replication", "scsi", "tcmu", "jobs", "nbd"],
+    "daemon": ["block", "control", "frontend", "host", "replication", "scsi", "tcmu", "jobs", "nbd"],
+    "qemu": ["block", "control", "daemon", "frontend", "jobs", "nbd", "replication"],
     "handlers": [
         "block",
         "control",
@@ -53,7 +54,6 @@ MAY = {
         "scsi",
         "host",
     ],
-    "qemu": ["block", "control", "daemon", "frontend", "jobs", "nbd", "replication"],
     "cli": ["control", "daemon"],
 }
 
@@ -89,6 +89,29 @@ def test_imports_go_down(module, path):
         if name.startswith(PACKAGE + "."):
             theirs = folder(name.removeprefix(PACKAGE + "."))
             assert theirs in allowed, f"{module} imports {name}; {mine} may import {sorted(allowed)}"
+
+
+KNOW_QEMU = {"qemu", "handlers"}
+"""Who speaks as QEMU's controller, and who puts it together with the rest. Nothing else knows that it is there."""
+QEMU_SEES = {"replication.stages", "replication.peer_state"}
+"""Of a replica: the names of its stages, and what a peer is. All else it sees through `qemu.view`."""
+
+
+@pytest.mark.parametrize(
+    ("module", "path"), [pytest.param(m, p, id=m) for m, p in modules() if folder(m) not in KNOW_QEMU]
+)
+def test_nothing_native_knows_qemu(module, path):
+    known = [name for name in imports(path) if name.startswith(f"{PACKAGE}.qemu")]
+    assert not known, f"{module} imports {known}: what QEMU's side needs of it belongs in {PACKAGE}.qemu"
+
+
+@pytest.mark.parametrize(
+    ("module", "path"), [pytest.param(m, p, id=m) for m, p in modules() if folder(m) == "qemu"]
+)
+def test_qemu_sees_a_replica_through_its_view(module, path):
+    start = f"{PACKAGE}.replication."
+    seen = {".".join(name.split(".")[1:3]) for name in imports(path) if name.startswith(start)}
+    assert seen <= QEMU_SEES, f"{module} imports {sorted(seen - QEMU_SEES)} instead of {PACKAGE}.qemu.view"
 
 
 def pure_modules():

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from tcmu_replication.control import introspection
-from tcmu_replication.control.schema import COMMANDS, DEVICE_COMMANDS, EVENTS, MANAGER_COMMANDS
-from tcmu_replication.qemu.schema import SESSION_COMMANDS
+from tcmu_replication.control.monitor import SESSION_COMMANDS
+from tcmu_replication.control.schema import DEVICE_COMMANDS, MANAGER_COMMANDS
+from tcmu_replication.qemu.tables import COMMANDS, EVENTS
 
 TABLES = {"worker": COMMANDS, "device": DEVICE_COMMANDS, "manager": MANAGER_COMMANDS}
 

@@ -9,8 +9,9 @@ import pytest
 
 from tcmu_replication.control import schema
 from tcmu_replication.control.command import Privilege
-from tcmu_replication.control.schema import COMMANDS, DEVICE_COMMANDS, MANAGER_COMMANDS
+from tcmu_replication.control.schema import DEVICE_COMMANDS, MANAGER_COMMANDS
 from tcmu_replication.errors import Error, Kind
+from tcmu_replication.qemu.tables import COMMANDS
 from tcmu_replication.replication.stages import Stage
 from tests.unit.control.documents import status
 

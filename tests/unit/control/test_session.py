@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from tcmu_replication.control.command import Privilege
-from tcmu_replication.control.schema import COMMANDS, Start
+from tcmu_replication.control.monitor import SESSION_COMMANDS, Shutdown
+from tcmu_replication.control.schema import Start
 from tcmu_replication.control.session import Call, Session
 from tcmu_replication.errors import Error, Kind
-from tcmu_replication.qemu.schema import SESSION_COMMANDS
+from tcmu_replication.qemu.tables import COMMANDS
 
 NEGOTIATE = {"execute": "qmp_capabilities"}
 
@@ -136,6 +137,13 @@ def test_invalid_arguments_are_answered_and_the_session_goes_on() -> None:
     answer = reply(session, {"execute": "failover", "arguments": {"to": "x"}})
     assert answer["error"]["data"]["kind"] == "bad-request"
     assert isinstance(session.receive(b'{"execute":"stop-replication"}'), Call)
+
+
+def test_schema_lists_the_events_that_may_come() -> None:
+    session = Session({}, (), Privilege.OPERATOR, "test", {"SHUTDOWN": Shutdown})
+    reply(session, {"execute": "qmp_capabilities"})
+    rows = reply(session, {"execute": "query-qmp-schema"})["return"]
+    assert [row["name"] for row in rows if row["meta-type"] == "event"] == ["SHUTDOWN"]
 
 
 def test_query_commands_lists_what_can_be_called() -> None:

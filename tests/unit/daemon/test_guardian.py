@@ -25,6 +25,7 @@ from tcmu_replication.control.session import Session
 from tcmu_replication.daemon import guardian
 from tcmu_replication.daemon.guardian import Guardian
 from tcmu_replication.errors import Error
+from tcmu_replication.qemu import tables
 from tests.support.tools import PATIENCE_S
 from tests.unit.control.documents import status
 
@@ -65,13 +66,16 @@ class Worker:
         self.started = 0
         self.defects: list[Any] = []
         commands = {"query-status": self.query_status, "query-errors": self.query_errors, "start": self.start}
-        self.server = Server(commands)
+        self.server = Server(
+            commands,
+            tables.COMMANDS,
+            names=lambda handlers, emit: {"query-xen-replication-status": handlers["query-errors"]},
+        )
         self.guardian = Guardian(
             "disk0",
             {"uio0": self.frontend},  # type: ignore[dict-item]
             self.server,
             commands,
-            schema.COMMANDS,
             lambda loop, context: self.defects.append(context),
         )
 
@@ -151,6 +155,14 @@ def test_status_and_errors_name_the_call_that_hangs(tmp_path: Path) -> None:
         errors = worker.ask("query-errors")
         assert errors["error"]
         assert f"write {tmp_path}/disk.img" in errors["desc"]
+
+    stuck(tmp_path, story)
+
+
+def test_other_name_of_a_command_is_answered_alike(tmp_path: Path) -> None:
+    def story(worker: Worker) -> None:
+        worker.hangs()
+        assert f"write {tmp_path}/disk.img" in worker.ask("query-xen-replication-status")["desc"]
 
     stuck(tmp_path, story)
 

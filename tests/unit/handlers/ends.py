@@ -16,7 +16,7 @@ from tcmu_replication.control.server import Server
 from tcmu_replication.control.session import Session
 from tcmu_replication.daemon import handler
 from tcmu_replication.daemon.places import Context
-from tcmu_replication.qemu import colo
+from tcmu_replication.qemu import colo, tables
 from tcmu_replication.replication.stages import Stage
 from tcmu_replication.units import BLOCK, MiB
 
@@ -49,7 +49,7 @@ class End:
         return self.backstore.status([], None)  # type: ignore[no-any-return]
 
     def _emit(self, name: str, data: Document) -> None:
-        assert isinstance(data, schema.EVENTS[name])
+        assert isinstance(data, tables.EVENTS[name])
         self.events.append((name, data))
         self.changed.set()
 

@@ -180,7 +180,7 @@ def check_primary(alpha: End, beta: End) -> None:
 
 def check_secondary(beta: End) -> None:
     store = beta.backstore
-    engine, link, exports = store.engine, store._server, store._qmp_exports
+    engine, link, exports = store.engine, store._server, store._qemu.exports
     running = engine.forwarded is not None
     assert running <= (engine.stage is Stage.RUNNING)
     exportable = exports._exportable
@@ -203,7 +203,7 @@ def check(alpha: End, beta: End) -> None:
         assert engine.stage is stage or (engine.stage, stage) == (Stage.FAILOVER, Stage.FAILOVER_FAILED)
         if engine.stage is Stage.RUNNING:
             assert (found.error, found.epoch) == (engine.machine.error, engine.epoch)
-        exports = end.backstore._qmp_exports
+        exports = end.backstore._qemu.exports
         there = () if exports._server is None else exports._server.exports
         assert {export.name for export, _ in exports._exports.values()} <= set(there)
     check_primary(alpha, beta)

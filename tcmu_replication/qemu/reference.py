@@ -1,6 +1,6 @@
 """Prints the reference part of docs/qmp.md from the tables.
 
-    python -m tcmu_replication.control.reference docs/qmp.md
+    python -m tcmu_replication.qemu.reference docs/qmp.md
 
 replaces what follows the marker in that file.
 """
@@ -14,10 +14,11 @@ from typing import Any
 
 from tcmu_replication.control import introspection
 from tcmu_replication.control.command import Command, Document, Privilege
-from tcmu_replication.control.schema import COMMANDS, EVENTS, MANAGER_COMMANDS
-from tcmu_replication.qemu.schema import SESSION_COMMANDS
+from tcmu_replication.control.monitor import SESSION_COMMANDS
+from tcmu_replication.control.schema import MANAGER_COMMANDS
+from tcmu_replication.qemu.tables import COMMANDS, EVENTS
 
-MARKER = "<!-- printed by: python -m tcmu_replication.control.reference docs/qmp.md -->\n"
+MARKER = "<!-- printed by: python -m tcmu_replication.qemu.reference docs/qmp.md -->\n"
 
 
 def updated(text: str) -> str:
