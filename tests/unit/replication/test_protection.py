@@ -196,6 +196,7 @@ def test_protected_only_if_every_fact_is_good(found: Facts) -> None:
         found.suspect,
         found.removed,
         found.disk_error and found.role == "primary",
+        found.peer_disk_error,
     ]
     verdict = judge(found)
     assert verdict.protected == (not any(bad))
