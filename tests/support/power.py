@@ -72,6 +72,10 @@ class Power:
         self._syncing.clear()
         self.look()
 
+    def states(self, name: str) -> list[bytes]:
+        """What each sector of a file may be found as: as in one of these, each on its own."""
+        return self._states[name]
+
     def lose(self, dice: random.Random) -> Callable[[], None]:
         """It fails now. The answer, to be called once the files are closed, puts there what the next boot finds."""
         self.look()
