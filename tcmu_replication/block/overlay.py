@@ -27,8 +27,12 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tcmu_replication.block import allocation_map
-from tcmu_replication.block.allocation_map import (
+from tcmu_replication.block import allocation_map, map_format
+from tcmu_replication.block.allocation_map import AllocationMap
+from tcmu_replication.block.buffers import clear, part, size, zeroes
+from tcmu_replication.block.extents import merged
+from tcmu_replication.block.file import File
+from tcmu_replication.block.map_format import (
     ABSENT,
     HERE,
     MAX_SLOTS,
@@ -37,11 +41,7 @@ from tcmu_replication.block.allocation_map import (
     OVER_ZERO,
     ZERO,
     ZERO_FLAG,
-    AllocationMap,
 )
-from tcmu_replication.block.buffers import clear, part, size, zeroes
-from tcmu_replication.block.extents import merged
-from tcmu_replication.block.file import File
 from tcmu_replication.block.node import Buffers, Extent, Node
 from tcmu_replication.block.offload import Offload
 from tcmu_replication.block.pending import Pending, after, attempt, gather
@@ -90,6 +90,7 @@ class Overlay(Node):
         self._released = False
         self._reserve = reserve
         self._map = AllocationMap(f"{self.path}.map", self.length, offload, reserve)
+        self._unflushed = self._map.unflushed
         try:
             self.data: Node = File(f"{self.path}.data", follow=False, offload=offload)
         except Error:
@@ -135,9 +136,7 @@ class Overlay(Node):
                 create_sparse(data_path, round_up(backing.length, BLOCK), b"")
             made.append(data_path)
             # The header comes last of all: a map without it was not finished.
-            create_sparse(
-                map_path, allocation_map.file_size(backing.length), allocation_map.header(backing.length)
-            )
+            create_sparse(map_path, map_format.file_size(backing.length), map_format.header(backing.length))
             made.append(map_path)
             return cls(
                 name, path, backing, offload=offload, limit=limit, make_space=make_space, reserve=reserve
@@ -224,7 +223,7 @@ class Overlay(Node):
             if error.kind is not Kind.NO_SPACE or not self._make_space():
                 raise
             return self.write(offset, buffers, fua, may_flush)
-        return self.flush() if fua or (self._map.crowded and may_flush) else None
+        return self.flush() if fua or (self._unflushed.crowded and may_flush) else None
 
     def zero(self, offset: int, length: int, fua: bool = False, unmap: bool = True) -> Pending | None:
         """See `Node.zero`. Raises `Error` as `write` does."""
@@ -249,8 +248,8 @@ class Overlay(Node):
 
     def flush(self) -> Pending | None:
         """See `Node.flush`: the data, and then the map that names it."""
-        named = self._map.begin_flush()
-        return after(self.sync_data(), lambda: after(self._map.data_flushed(named), self.sync_map))
+        named = self._unflushed.begin()
+        return after(self.sync_data(), lambda: after(self._unflushed.data_flushed(named), self.sync_map))
 
     def extents(self, offset: int, length: int) -> list[Extent]:
         """See `Node.extents`."""

@@ -20,7 +20,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from tcmu_replication.block import allocation_map
+from tcmu_replication.block import map_format
 from tcmu_replication.block.allocation_map import AllocationMap
 from tcmu_replication.block.bitmap import Bitmap
 from tcmu_replication.block.file import File
@@ -172,7 +172,7 @@ def _is_allocation_map(path: Path) -> bool:
     """Whether it is a map as earlier versions made it. Raises `Error` if it is a link, or in use."""
     file = File(os.fspath(path), read_only=True, follow=False)
     try:
-        return bytes(file.fetch(0, min(len(allocation_map.MAGIC), file.length))) == allocation_map.MAGIC
+        return bytes(file.fetch(0, min(len(map_format.MAGIC), file.length))) == map_format.MAGIC
     finally:
         file.close()
 

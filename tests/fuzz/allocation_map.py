@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import zlib
 
-from tcmu_replication.block import allocation_map
-from tcmu_replication.block.allocation_map import (
+from tcmu_replication.block import map_format
+from tcmu_replication.block.allocation_map import AllocationMap
+from tcmu_replication.block.map_format import (
     ABSENT,
     CHECKSUM,
     HEADER,
@@ -21,16 +22,16 @@ from tcmu_replication.block.allocation_map import (
     OVER_ZERO,
     ZERO,
     ZERO_FLAG,
-    AllocationMap,
 )
 from tcmu_replication.errors import Error, Kind
+from tcmu_replication.units import blocks_of
 from tests.fuzz.script import Script, told
 
 LENGTH = 40 << 20
-BLOCKS = allocation_map.blocks_of(LENGTH)
-SIZE = allocation_map.file_size(LENGTH)
+BLOCKS = blocks_of(LENGTH)
+SIZE = map_format.file_size(LENGTH)
 WORDS = (
-    allocation_map.MAGIC,
+    map_format.MAGIC,
     NOWHERE.to_bytes(4, "little") * 3,
     NEW.to_bytes(4, "little") * 3,
     OVER_ZERO.to_bytes(4, "little") * 3,
@@ -51,7 +52,7 @@ def check(data: bytes) -> None:
     script = Script(data)
     flags = script.number()
     content = bytearray(SIZE)
-    head = allocation_map.header(LENGTH)
+    head = map_format.header(LENGTH)
     content[: len(head)] = head
     os.truncate(_FD, 0)
     while script.left:
@@ -64,7 +65,7 @@ def check(data: bytes) -> None:
     os.pwrite(_FD, content, 0)
     found_there = bytes(content)
     if len(content) == SIZE and not content.startswith(head):
-        _lose_power(memoryview(content)[allocation_map.PAGE :].cast("I"))
+        _lose_power(memoryview(content)[map_format.PAGE :].cast("I"))
     refused = found_there, found_there[: len(head)] + bytes(content[len(head) :])
     try:
         found = AllocationMap(_PATH, LENGTH)
@@ -86,7 +87,7 @@ def _lose_power(entries: memoryview) -> None:
 
 
 def _look(found: AllocationMap, content: bytearray) -> None:
-    entries = list(memoryview(content)[allocation_map.PAGE :].cast("I"))
+    entries = list(memoryview(content)[map_format.PAGE :].cast("I"))
     marks = [(ZERO if entry >= ZERO_FLAG else HERE) if entry else ABSENT for entry in entries]
     assert (found.here, found.zero) == (marks.count(HERE), marks.count(ZERO))
     assert found.entries(0, BLOCKS) == entries[:BLOCKS]

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from tcmu_replication.block import allocation_map
+from tcmu_replication.block import map_format
 from tcmu_replication.block.memory import Memory
 from tcmu_replication.block.remote_queue import Queue
 from tcmu_replication.control import schema
@@ -333,7 +333,7 @@ def own() -> None:
     keep("allocation_map", "unflushed", b"\2", *unflushed)
     keep("allocation_map", "unflushed-in-another-boot", b"\3", b"\0\3" + b"another boot!!", *unflushed)
     keep("allocation_map", "short", b"\0", b"\2\0" + b"\2" * 14)
-    keep("allocation_map", "other-header", b"\3", b"\0\0" + allocation_map.header(1 << 20)[:14])
+    keep("allocation_map", "other-header", b"\3", b"\0\0" + map_format.header(1 << 20)[:14])
     client, server = secret_proof.rest_of("client"), secret_proof.rest_of("server")
     keep("secret_proof", "client", b"\0\0", client)
     keep("secret_proof", "server", b"\1\0", server)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tcmu_replication.block import allocation_map, space
+from tcmu_replication.block import space, unflushed
 from tcmu_replication.block.copy_before_write import CopyBeforeWrite
 from tcmu_replication.block.file import File
 from tcmu_replication.block.gate import Gate
@@ -84,9 +84,9 @@ class Host:
     def dies(self) -> None:
         """The process, and all that it had under way."""
         for file in (
-            self.active._map._file,
+            self.active._map._file.node,
             self.active.data,
-            self.hidden._map._file,
+            self.hidden._map._file.node,
             self.hidden.data,
             self.disk,
         ):
@@ -207,11 +207,11 @@ def check_many(folder: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None
 
 
 @pytest.mark.parametrize("seed", range(40))
-@pytest.mark.parametrize("step", [1, allocation_map.STEP], ids=["in-steps", "at-once"])
+@pytest.mark.parametrize("step", [1, unflushed.STEP], ids=["in-steps", "at-once"])
 def test_running_secondary_loses_nothing_that_was_flushed(
     folder: Path, monkeypatch: pytest.MonkeyPatch, seed: int, step: int
 ) -> None:
-    monkeypatch.setattr(allocation_map, "STEP", step)
+    monkeypatch.setattr(unflushed, "STEP", step)
     check_many(folder, monkeypatch, seed)
 
 

@@ -266,7 +266,7 @@ def test_cbw_durable_failed_batch_keeps_the_marks_of_the_one_before(
     offload.run_next()
     offload.run_next()
     assert first == [True]
-    pair.hidden._map._file._lost = Error(Kind.IO, "sync fails on cue")
+    pair.hidden._map._file.node._lost = Error(Kind.IO, "sync fails on cue")
     offload.run_all()
     assert second == [False]
     assert pair.memory.data == changed((0, b"1"))

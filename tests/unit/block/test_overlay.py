@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tcmu_replication.block import allocation_map
+from tcmu_replication.block import map_format
 from tcmu_replication.block.faults import Faults
 from tcmu_replication.block.file import File
 from tcmu_replication.block.memory import Memory
@@ -385,7 +385,7 @@ def test_overlay_zeroing_where_the_map_finds_no_space_asks_for_some(
         raise Error(Kind.NO_SPACE, "the filesystem is full")
 
     overlay = Overlay.create("active", tmp_path / "active", below, make_space=make_space)
-    monkeypatch.setattr(overlay._map._file, "write", full)
+    monkeypatch.setattr(overlay._map._file.node, "write", full)
     getattr(overlay, call)(BLOCK, 2 * BLOCK)
     assert content(overlay) == changed((BLOCK, bytes(2 * BLOCK)))
 
@@ -476,7 +476,7 @@ def test_overlay_refuses_another_version_and_another_length(
     overlay.close()
     with pytest.raises(Error, match=f"for a disk of {LENGTH} bytes, not of {LENGTH - 1}"):
         Overlay("active", tmp_path / "active", Memory(LENGTH - 1))
-    monkeypatch.setattr(allocation_map, "VERSION", 4)
+    monkeypatch.setattr(map_format, "VERSION", 4)
     with pytest.raises(Error, match="has version 3"):
         Overlay("active", tmp_path / "active", below)
 

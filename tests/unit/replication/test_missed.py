@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tcmu_replication.block import allocation_map, boot
-from tcmu_replication.block.allocation_map import HERE, PER_PAGE, AllocationMap
+from tcmu_replication.block import boot, map_format
+from tcmu_replication.block.allocation_map import AllocationMap
+from tcmu_replication.block.map_format import HERE, PER_PAGE
 from tcmu_replication.block.memory import Memory
 from tcmu_replication.errors import Error, Kind
 from tcmu_replication.replication.missed import Missed
@@ -112,7 +113,7 @@ def old(tmp_path: Path) -> Missed:
     """With such a map in its place."""
     path = tmp_path / "out-of-sync.map"
     path.write_bytes(
-        allocation_map.header(OLD_LENGTH).ljust(allocation_map.file_size(OLD_LENGTH), b"\0"),
+        map_format.header(OLD_LENGTH).ljust(map_format.file_size(OLD_LENGTH), b"\0"),
     )
     before = AllocationMap(str(path), OLD_LENGTH)
     for first, last in OLD_MARKS:
