@@ -27,7 +27,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tcmu_replication.block import allocation_map, map_format
+from tcmu_replication.block import allocation_map, overlay_files
 from tcmu_replication.block.allocation_map import AllocationMap
 from tcmu_replication.block.buffers import clear, part, size, zeroes
 from tcmu_replication.block.extents import merged
@@ -35,7 +35,6 @@ from tcmu_replication.block.file import File
 from tcmu_replication.block.map_format import (
     ABSENT,
     HERE,
-    MAX_SLOTS,
     NEW,
     NOWHERE,
     OVER_ZERO,
@@ -46,12 +45,9 @@ from tcmu_replication.block.node import Buffers, Extent, Node
 from tcmu_replication.block.offload import Offload
 from tcmu_replication.block.pending import Pending, after, attempt, gather
 from tcmu_replication.block.reserve import Reserve
-from tcmu_replication.block.space import create_sparse
-from tcmu_replication.errors import Error, Kind, from_os
+from tcmu_replication.block.slots import Run, Slots, adjacent, position, runs_of, slot_of_all
+from tcmu_replication.errors import Error, Kind
 from tcmu_replication.units import BLOCK, blocks_of, format_size, round_down, round_up
-
-Run = tuple[int, int, int]
-"""(offset, length, entry of its first block): all absent, all zero, or here in adjacent slots."""
 
 
 class Overlay(Node):
@@ -88,25 +84,21 @@ class Overlay(Node):
         self.limit = limit
         self._make_space = make_space
         self._released = False
-        self._reserve = reserve
-        self._map = AllocationMap(f"{self.path}.map", self.length, offload, reserve)
+        self._map = AllocationMap(overlay_files.map_path(self.path), self.length, offload, reserve)
         self._unflushed = self._map.unflushed
         try:
-            self.data: Node = File(f"{self.path}.data", follow=False, offload=offload)
+            self.data: Node = File(overlay_files.data_path(self.path), follow=False, offload=offload)
         except Error:
             self._map.close()
             raise
-        # Slots from _tail on are free, and so are these, which no mark has ever named.
-        self._tail = self._map.slots
-        self._free: set[int] = set()
-        self._stored: dict[tuple[int, int], list[int]] = {}
-        self._unmarked = 0
-        if self.data.length <= (self._tail - 1) * BLOCK or self._map.here > self._tail:
+        tail = self._map.slots
+        self._slots = Slots(f"{name}: the overlay {self.path}", tail, reserve)
+        if self.data.length <= (tail - 1) * BLOCK or self._map.here > tail:
             self.release()
             raise Error(
                 Kind.BAD_CONFIG,
                 f"{self.path}.data has {self.data.length} bytes, its map names {self._map.here} blocks in "
-                f"{self._tail} slots: they do not belong together; give another path, or remove the overlay",
+                f"{tail} slots: they do not belong together; give another path, or remove the overlay",
             )
 
     @classmethod
@@ -129,21 +121,13 @@ class Overlay(Node):
         Raises `Error` and leaves nothing behind: CONFLICT if one of its files
         exists, NO_SPACE, also if the filesystem holds no file of this length.
         """
-        made: list[str] = []
-        data_path, map_path = _paths(path)
+        overlay_files.create(path, backing.length, recycled)
         try:
-            if recycled is None or os.path.lexists(data_path) or not _take_over(recycled, data_path):
-                create_sparse(data_path, round_up(backing.length, BLOCK), b"")
-            made.append(data_path)
-            # The header comes last of all: a map without it was not finished.
-            create_sparse(map_path, map_format.file_size(backing.length), map_format.header(backing.length))
-            made.append(map_path)
             return cls(
                 name, path, backing, offload=offload, limit=limit, make_space=make_space, reserve=reserve
             )
         except BaseException:
-            for leftover in made:
-                os.unlink(leftover)
+            overlay_files.remove(path)
             raise
 
     @property
@@ -175,7 +159,7 @@ class Overlay(Node):
             clear(buffers)
             return None
         entries = self._map.entries(offset // BLOCK, (offset + length - 1) // BLOCK + 1)
-        slot = _slot_of_all(entries)
+        slot = slot_of_all(entries)
         if slot is not None:
             return self.data.read(slot * BLOCK + within, buffers)
         return self._read_runs(offset, buffers, length) if any(entries) else self._read_below(offset, buffers)
@@ -183,7 +167,7 @@ class Overlay(Node):
     def fetch(self, offset: int, length: int) -> memoryview:
         """See `Node.fetch`."""
         entries = self._map.entries(offset // BLOCK, (offset + length - 1) // BLOCK + 1)
-        if not any(entries) or _slot_of_all(entries) is not None:  # looked at in one go, not block by block
+        if not any(entries) or slot_of_all(entries) is not None:  # looked at in one go, not block by block
             return self._fetch_run(offset, length, entries[0])
         runs = self._runs(offset, length)
         if len(runs) == 1:
@@ -213,7 +197,7 @@ class Overlay(Node):
                     self._write_new(first, last, offset, end, buffers)
             else:
                 entries = self._map.entries(first, last)
-                if (slot := _slot_of_all(entries)) is not None:
+                if (slot := slot_of_all(entries)) is not None:
                     self.data.write((slot - first) * BLOCK + offset, buffers)
                 elif any(entries):
                     self._write_mixed(offset, end, buffers, entries)
@@ -289,12 +273,7 @@ class Overlay(Node):
         Files that are gone already are fine. Raises `Error`.
         """
         self._release(for_good=True)
-        try:
-            for path in reversed(_paths(self.path)):  # without its map the data is nobody's
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path)
-        except OSError as error:
-            raise from_os(error, f"remove the overlay {self.path}") from error
+        overlay_files.remove(self.path)
 
     def retire(self, path: str | Path) -> None:
         """Close, remove the map, and make the data file `path`: `create` may recycle it.
@@ -302,12 +281,7 @@ class Overlay(Node):
         What lies below stays open. Raises `Error`.
         """
         self._release(for_good=True)
-        data_path, map_path = _paths(self.path)
-        try:
-            os.unlink(map_path)  # without its map the data is nobody's
-            os.replace(data_path, path)
-        except OSError as error:
-            raise from_os(error, f"put the overlay {self.path} aside") from error
+        overlay_files.retire(self.path, path)
 
     # What the copy-before-write, the commit and the failover ask of an overlay.
 
@@ -348,8 +322,7 @@ class Overlay(Node):
         slot = self._place(offset, data)
         if slot is None:
             return True
-        self._stored.setdefault((offset, len(data)), []).append(slot)
-        self._unmarked += blocks_of(len(data))
+        self._slots.keep(offset, len(data), slot)
         return False
 
     def mark(self, offset: int, length: int, zero: bool) -> None:
@@ -358,7 +331,7 @@ class Overlay(Node):
         if zero:
             self._map.mark(first, last, ZERO)
         else:
-            self._map.assign(first, last, 1 + self._claim(offset, length))
+            self._map.assign(first, last, 1 + self._slots.claim(offset, length))
 
     def touch(self, offset: int) -> None:
         """Before several `mark`s, the first at `offset`: a file system that hangs is met here. Raises `Error`."""
@@ -366,8 +339,8 @@ class Overlay(Node):
 
     def abandon(self, offset: int, length: int) -> None:
         """Forget that a range was stored: it will not be marked."""
-        if (offset, length) in self._stored:
-            self._give_back(self._claim(offset, length), blocks_of(length))
+        if self._slots.keeps(offset, length):
+            self._slots.give_back(self._slots.claim(offset, length), blocks_of(length))
 
     def save(self, offset: int, data: memoryview) -> None:
         """Write and mark whole blocks that are not here yet. Raises `Error` as `write` does."""
@@ -380,7 +353,7 @@ class Overlay(Node):
 
     def trim(self) -> None:
         """Give back what the data file occupies beyond the slots in use. Raises `Error`."""
-        start = self._tail * BLOCK
+        start = self._slots.tail * BLOCK
         if start < self.data.length:
             self.data.discard(start, self.data.length - start)
 
@@ -401,26 +374,7 @@ class Overlay(Node):
 
     def _runs(self, offset: int, length: int) -> list[Run]:
         """The range as runs that are read in one piece."""
-        end = offset + length
-        first = offset // BLOCK
-        entries = self._map.entries(first, (end - 1) // BLOCK + 1)
-        found = []
-        at = 0
-        while at < len(entries):
-            entry, behind = entries[at], at + 1
-            if 0 < entry < ZERO_FLAG:
-                while behind < len(entries) and entries[behind] == entry + behind - at:
-                    behind += 1
-            else:
-                zero = entry != 0
-                while behind < len(entries) and (
-                    entries[behind] >= ZERO_FLAG if zero else not entries[behind]
-                ):
-                    behind += 1
-            start = max(offset, (first + at) * BLOCK)
-            found.append((start, min(end, (first + behind) * BLOCK) - start, entry))
-            at = behind
-        return found
+        return runs_of(offset, length, self._map.entries(offset // BLOCK, (offset + length - 1) // BLOCK + 1))
 
     def _whole(self, offset: int, end: int, buffers: Buffers, first: int, last: int) -> tuple[int, Buffers]:
         """Where a write begins, and its buffers, once blocks that come here are whole.
@@ -448,11 +402,11 @@ class Overlay(Node):
         if self.limit is not None:
             self._check_limit(first, last - first)
         self._map.prepare(first, last)
-        slot = self._take(last - first)
+        slot = self._slots.take(last - first)
         try:
             self.data.write(slot * BLOCK, buffers)
         except Error:
-            self._give_back(slot, last - first)
+            self._slots.give_back(slot, last - first)
             raise
         self._map.assign(first, last, NEW + 1 + slot)
 
@@ -466,10 +420,10 @@ class Overlay(Node):
             self._check_limit(first, fresh)
             self._map.prepare(first, last)
         new = sum(not entry & NOWHERE for entry in entries)
-        taken = self._take(new) if new else 0
+        taken = self._slots.take(new) if new else 0
         following = iter(range(taken, taken + new))
         slots = [(entry & NOWHERE) - 1 if entry & NOWHERE else next(following) for entry in entries]
-        pieces = _adjacent(slots)
+        pieces = adjacent(slots)
         data = buffers[0] if len(buffers) == 1 else None
         try:
             for at, behind in pieces:
@@ -482,7 +436,7 @@ class Overlay(Node):
                 )
                 self.data.write(slots[at] * BLOCK + start - (first + at) * BLOCK, piece)
         except Error:
-            self._give_back(taken, new)
+            self._slots.give_back(taken, new)
             raise
         if fresh:
             self._bring(first, entries, slots)
@@ -493,7 +447,7 @@ class Overlay(Node):
             0 if 0 < entry < ZERO_FLAG else (OVER_ZERO if entry else NEW) + 1 + slot
             for entry, slot in zip(entries, slots, strict=True)
         ]
-        for at, behind in _adjacent(marks):
+        for at, behind in adjacent(marks):
             if marks[at]:
                 self._map.assign(first + at, first + behind, marks[at])
 
@@ -507,49 +461,17 @@ class Overlay(Node):
                 return None
             self._check_limit(first, last - first)
             self._map.prepare(first, last)
-            slot = self._take(last - first)
+            slot = self._slots.take(last - first)
             try:
                 self.data.write(slot * BLOCK, [data])
             except Error:
-                self._give_back(slot, last - first)
+                self._slots.give_back(slot, last - first)
                 raise
             return slot
         except Error as error:
             if error.kind is not Kind.NO_SPACE or not self._make_space():
                 raise
             return self._place(offset, data)
-
-    def _take(self, count: int) -> int:
-        """So many adjacent slots: the first."""
-        if count == 1 and self._free:
-            return self._free.pop()
-        slot = self._tail
-        if slot + count > MAX_SLOTS:
-            raise Error(
-                Kind.NO_SPACE,
-                f"{self.name}: the overlay {self.path} holds the {format_size(MAX_SLOTS * BLOCK)} "
-                "that an overlay can hold; make a checkpoint",
-            )
-        if self._reserve is not None:
-            self._reserve.take(count * BLOCK)
-        self._tail += count
-        return slot
-
-    def _give_back(self, slot: int, count: int) -> None:
-        """Slots that were taken and that no mark has ever named."""
-        self._free.update(range(slot, slot + count))
-        while self._tail - 1 in self._free:  # in whatever order they come back: others may want several
-            self._tail -= 1
-            self._free.remove(self._tail)
-
-    def _claim(self, offset: int, length: int) -> int:
-        """Where a range was stored; it is not counted as stored any more."""
-        slots = self._stored[offset, length]
-        slot = slots.pop()
-        if not slots:
-            del self._stored[offset, length]
-        self._unmarked -= blocks_of(length)
-        return slot
 
     def _read_runs(self, offset: int, buffers: Buffers, length: int) -> Pending | None:
         error, pendings = None, []
@@ -559,7 +481,7 @@ class Overlay(Node):
                 clear(piece)
                 continue
             if entry:
-                failed, pending = attempt(self.data.read, _position(start, entry), piece)
+                failed, pending = attempt(self.data.read, position(start, entry), piece)
             else:
                 failed, pending = attempt(self._read_below, start, piece)
             error = error or failed
@@ -584,17 +506,17 @@ class Overlay(Node):
             if entry >= ZERO_FLAG:
                 clear(piece)
             elif entry:
-                pendings.append(self.data.read(_position(start, entry), piece))
+                pendings.append(self.data.read(position(start, entry), piece))
         return gather(pendings)
 
     def _fetch_run(self, offset: int, length: int, entry: int) -> memoryview:
         if 0 < entry < ZERO_FLAG:
-            return self.data.fetch(_position(offset, entry), length)
+            return self.data.fetch(position(offset, entry), length)
         return memoryview(bytes(length)) if entry else self.child.fetch(offset, length)
 
     def _check_limit(self, first: int, fresh: int) -> None:
         """Raise NO_SPACE before anything is written, where `fresh` more stored blocks are too many."""
-        if self.limit is not None and (self._map.here + self._unmarked + fresh) * BLOCK > self.limit:
+        if self.limit is not None and (self._map.here + self._slots.unmarked + fresh) * BLOCK > self.limit:
             raise Error(
                 Kind.NO_SPACE,
                 f"{self.name}: the overlay {self.path} has reached its limit of {format_size(self.limit)}",
@@ -625,7 +547,7 @@ class Overlay(Node):
             for offset, length, entry in runs:
                 # The mark says it all; that the space could not be given back harms nobody's data.
                 with contextlib.suppress(Error):
-                    self.data.discard(_position(offset, entry), length)
+                    self.data.discard(position(offset, entry), length)
 
 
 def held_runs(
@@ -640,42 +562,3 @@ def held_runs(
     for first, last, state in allocation_map.merged(upper._map, lower._map, blocks_of(offset), behind):
         start = first * BLOCK
         yield start, min(last * BLOCK, upper.length) - start, state == ZERO
-
-
-def _paths(path: str | Path) -> tuple[str, str]:
-    return f"{path}.data", f"{path}.map"
-
-
-def _take_over(recycled: str | Path, data_path: str) -> bool:
-    """Make an existing file the data of an overlay; False if it does not exist. Raises `Error`."""
-    try:
-        os.rename(recycled, data_path)
-    except FileNotFoundError:
-        return False
-    except OSError as error:
-        raise from_os(error, f"rename {recycled}") from error
-    return True
-
-
-def _slot_of_all(entries: list[int]) -> int | None:
-    """The slot of the first, if all are here in adjacent slots."""
-    first, count = entries[0], len(entries)
-    if 0 < first < ZERO_FLAG and entries[-1] == first + count - 1:
-        return (first & NOWHERE) - 1 if entries == list(range(first, first + count)) else None
-    return None
-
-
-def _adjacent(slots: list[int]) -> list[tuple[int, int]]:
-    """The list's stretches of ascending neighbours: (at, behind)."""
-    found = []
-    at = 0
-    for behind in range(1, len(slots) + 1):
-        if behind == len(slots) or slots[behind] != slots[behind - 1] + 1:
-            found.append((at, behind))
-            at = behind
-    return found
-
-
-def _position(offset: int, entry: int) -> int:
-    """Where in the data file a block's byte at `offset` of the disk lies."""
-    return ((entry & NOWHERE) - 1) * BLOCK + offset % BLOCK
