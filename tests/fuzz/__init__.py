@@ -20,5 +20,6 @@ TARGETS = (
     "secret_proof",
     "manifest",
     "allocation_map",
+    "bitmap",
     "resource_file",
 )

@@ -8,7 +8,9 @@ the rest    16 bytes of file each: where they go (two bytes, times 8) and fourte
 from __future__ import annotations
 
 import os
+import tempfile
 import zlib
+from pathlib import Path
 
 from tcmu_replication.block import map_format
 from tcmu_replication.block.allocation_map import AllocationMap
@@ -40,8 +42,8 @@ WORDS = (
 )
 MAX_LENGTH = 1024
 
-_FD = os.memfd_create("map")
-_PATH = f"/proc/{os.getpid()}/fd/{_FD}"
+_FOLDER = tempfile.TemporaryDirectory()
+_PATH = Path(_FOLDER.name) / "map"
 
 
 def check(data: bytes) -> None:
@@ -49,12 +51,16 @@ def check(data: bytes) -> None:
 
     Reading it changes nothing but what was not flushed, if it is of another boot.
     """
+    opens(data)
+
+
+def opens(data: bytes) -> bool:
+    """As `check`; whether it was not refused."""
     script = Script(data)
     flags = script.number()
     content = bytearray(SIZE)
     head = map_format.header(LENGTH)
     content[: len(head)] = head
-    os.truncate(_FD, 0)
     while script.left:
         at, piece = script.number(2) * 8 % SIZE, script.take(14)
         content[at : at + len(piece)] = piece
@@ -62,21 +68,22 @@ def check(data: bytes) -> None:
         CHECKSUM.pack_into(content, HEADER.size, zlib.crc32(content[: HEADER.size]))
     if flags & 2:
         del content[SIZE:]
-    os.pwrite(_FD, content, 0)
+    _PATH.write_bytes(content)
     found_there = bytes(content)
     if len(content) == SIZE and not content.startswith(head):
         _lose_power(memoryview(content)[map_format.PAGE :].cast("I"))
     refused = found_there, found_there[: len(head)] + bytes(content[len(head) :])
     try:
-        found = AllocationMap(_PATH, LENGTH)
+        found = AllocationMap(os.fspath(_PATH), LENGTH)
     except Error as error:
         told(error, Kind.BAD_CONFIG)
-        assert os.pread(_FD, 2 * SIZE, 0) in refused
-    else:
-        content[: len(head)] = head
-        _look(found, content)
-        found.close()
-        assert os.pread(_FD, 2 * SIZE, 0) == content
+        assert _PATH.read_bytes() in refused
+        return False
+    content[: len(head)] = head
+    _look(found, content)
+    found.close()
+    assert _PATH.read_bytes() == content
+    return True
 
 
 def _lose_power(entries: memoryview) -> None:

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from tcmu_replication.block import map_format
+from tcmu_replication.block import bitmap, map_format
 from tcmu_replication.block.memory import Memory
 from tcmu_replication.block.remote_queue import Queue
 from tcmu_replication.control import schema
@@ -334,6 +334,18 @@ def own() -> None:
     keep("allocation_map", "unflushed-in-another-boot", b"\3", b"\0\3" + b"another boot!!", *unflushed)
     keep("allocation_map", "short", b"\0", b"\2\0" + b"\2" * 14)
     keep("allocation_map", "other-header", b"\3", b"\0\0" + map_format.header(1 << 20)[:14])
+    keep("bitmap", "fresh", b"\2")
+    keep(
+        "bitmap",
+        "marks",
+        b"\2",
+        b"\2\0" + b"\1" + bytes(12) + b"\x80",
+        b"\3\4" + b"\xff" * 14,
+        b"\6\0\7" + bytes(13),
+    )
+    keep("bitmap", "beyond-the-end", b"\2", b"\6\1" + bytes(13) + b"\1")
+    keep("bitmap", "short", b"\0", b"\2\0" + b"\2" * 14)
+    keep("bitmap", "other-header", b"\3", b"\0\0" + bitmap.header(1 << 20)[:14])
     client, server = secret_proof.rest_of("client"), secret_proof.rest_of("server")
     keep("secret_proof", "client", b"\0\0", client)
     keep("secret_proof", "server", b"\1\0", server)

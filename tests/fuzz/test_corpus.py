@@ -51,6 +51,14 @@ def test_input_of_the_corpus(target: str, path: Path) -> None:
         check_of(target)(path.read_bytes())
 
 
+@pytest.mark.parametrize("target", ["allocation_map", "bitmap"])
+def test_maps_of_the_corpus_are_opened_and_not_only_refused(target: str) -> None:
+    """One target gave a path that no map is opened at, and so looked at nothing."""
+    opens = importlib.import_module(f"tests.fuzz.{target}").opens
+    found = {path.name for path in corpus(target) if opens(path.read_bytes())}
+    assert {"fresh", "marks"} <= found < {path.name for path in corpus(target)}
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_inputs_made_from_the_corpus(target: str) -> None:
     check = check_of(target)
