@@ -20,7 +20,7 @@ import logging
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import tcmu_replication
 from tcmu_replication.block import space
@@ -48,15 +48,14 @@ from tcmu_replication.qemu import colo, tables
 from tcmu_replication.qemu.colo import ControllersCheckpoint, ControllersStart
 from tcmu_replication.qemu.controller import Controller
 from tcmu_replication.qemu.peer import QemuPeer
-from tcmu_replication.qemu.view import Replica
+from tcmu_replication.replication import assemble
 from tcmu_replication.replication.counterpart import Counterpart
 from tcmu_replication.replication.epochs import Epochs
 from tcmu_replication.replication.peer import ControlPeer
 from tcmu_replication.replication.peer_state import News, Peer
-from tcmu_replication.replication.primary import Primary
 from tcmu_replication.replication.protection import Facts, judge
 from tcmu_replication.replication.pulse import Heard, Pulse
-from tcmu_replication.replication.secondary import Secondary
+from tcmu_replication.replication.replica import Replica
 from tcmu_replication.replication.stages import Mode, Stage
 from tcmu_replication.tls import Context as Tls
 
@@ -117,7 +116,7 @@ class PairBackstore(Backstore):
     table = tables.COMMANDS
     events = tables.EVENTS
     names = staticmethod(colo.names)
-    engine: Primary | Secondary
+    engine: Replica
     _peer_name: str
     _counterpart: Counterpart
 
@@ -127,7 +126,7 @@ class PairBackstore(Backstore):
         host: str,
         disk: File,
         offload: Offload,
-        engine: Primary | Secondary,
+        engine: Replica,
         *,
         connect: Callable[[], Remote] | None = None,
         link_server: LinkServer | None = None,
@@ -149,7 +148,7 @@ class PairBackstore(Backstore):
             "query-errors": self._query_errors,
         }
         # Each engine has what its mode is asked for.
-        replica = cast(Replica, engine)
+        replica = engine
         self._qemu = Controller(
             resource, host, replica, disk, self._emit, self._qmp_tls, connect=connect, own=link_server
         )
@@ -355,8 +354,6 @@ class PairBackstore(Backstore):
 class PrimaryBackstore(PairBackstore):
     """The LUN of the host that serves: connects to the secondary's two ports."""
 
-    engine: Primary
-
     def __init__(
         self, resource: Resource, host: str, disk: File, offload: Offload, run_directory: Path
     ) -> None:
@@ -402,7 +399,7 @@ class PrimaryBackstore(PairBackstore):
                 secret=guards.secret(resource, "control"),
             )
             pulse = Pulse(resource.name)
-        engine = Primary(
+        engine = assemble.primary(
             resource.name,
             disk,
             self._connect,
@@ -521,8 +518,6 @@ class PrimaryBackstore(PairBackstore):
 class SecondaryBackstore(PairBackstore):
     """The LUN of the host that follows: listens where only the primary may connect."""
 
-    engine: Secondary
-
     def __init__(self, resource: Resource, host: str, disk: File, offload: Offload) -> None:
         self.resource = resource
         mine = resource.host(host)
@@ -540,7 +535,7 @@ class SecondaryBackstore(PairBackstore):
         link = resource.link
         place = Tcp(mine.address, link.port) if link.socket is None else Unix(link.socket)
         self._server = LinkServer(resource.name, place, server)
-        engine = Secondary(
+        engine = assemble.secondary(
             resource.name,
             disk,
             Epochs(Path(mine.overlays), disk, offload=offload, limit=resource.overlay_limit),

@@ -239,7 +239,7 @@ def _all(calls: Sequence[Callable[[], Pending | None]]) -> Pending | None:
     return gather((pending for _, pending in outcomes), first)
 
 
-class Replica(Node):
+class Filter(Node):
     """The secondary's filter: reads come from `reads`, writes go to `writes`.
 
     `alone` is called before every change, for as long as it is set.

@@ -14,8 +14,7 @@ from __future__ import annotations
 from tcmu_replication.block.file import File
 from tcmu_replication.block.gate import Gate
 from tcmu_replication.block.node import Node
-from tcmu_replication.block.replication import Closed
-from tcmu_replication.block.replication import Replica as Filter
+from tcmu_replication.block.replication import Closed, Filter
 from tcmu_replication.errors import Error, Kind
 from tcmu_replication.qemu.graph import Graph
 from tcmu_replication.qemu.view import Replica

@@ -24,8 +24,7 @@ from tcmu_replication.block.mirror import Mirror
 from tcmu_replication.block.node import Node
 from tcmu_replication.block.overlay import Overlay
 from tcmu_replication.block.remote import Remote
-from tcmu_replication.block.replication import Forward
-from tcmu_replication.block.replication import Replica as Filter
+from tcmu_replication.block.replication import Filter, Forward
 from tcmu_replication.control.command import Nothing
 from tcmu_replication.control.server import Handler
 from tcmu_replication.control.session import Session

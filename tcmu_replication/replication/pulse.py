@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 
 from tcmu_replication.background import background
 from tcmu_replication.errors import Error
-from tcmu_replication.replication.end import now
+from tcmu_replication.replication.clock import now
 
 log = logging.getLogger(__name__)
 

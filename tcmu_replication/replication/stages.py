@@ -42,7 +42,9 @@ class Stage(enum.Enum):
 class Operation(enum.Enum):
     """What can happen: an operator's or controller's command, the end of a job, or a request."""
 
+    OPEN = "open"
     START = "start"
+    START_AGAIN = "start-again"
     CHECKPOINT = "checkpoint"
     GET_ERROR = "get-error"
     STOP = "stop"
@@ -51,6 +53,7 @@ class Operation(enum.Enum):
     BACKUP_ENDED = "backup-ended"
     COMMIT_DONE = "commit-done"
     COMMIT_FAILED = "commit-failed"
+    SUPERSEDED = "superseded"
     READ = "read"
     WRITE = "write"
     CLOSE = "close"
@@ -61,6 +64,7 @@ class Action(enum.Enum):
 
     IGNORE = "nothing, successfully"
     REFUSE = "fail with the row's error"
+    RESUME = "go on from what was kept at the last close, or found after a death"
     ATTACH = "connect to the secondary and begin to forward"
     WATCH = "make overlays, begin to save pre-images, make the first checkpoint"
     MOVE_EPOCH = "make the present the new baseline"
@@ -71,6 +75,7 @@ class Action(enum.Enum):
     DROP_OVERLAYS = "stop saving pre-images, drop both overlays, serve the disk"
     FINISH = "drop the empty overlays, serve the disk, forget the recorded error"
     RECORD_ERROR = "record an I/O error"
+    STEP_DOWN = "stop serving: the peer was promoted"
     SUSPEND = "keep everything as it is for the next open"
     EIO = "I/O error"
     CHAIN = "read active over hidden over disk"
@@ -101,6 +106,9 @@ NO_MAKE_EMPTY = "Active disk or hidden disk doesn't support make_empty"
 BAD_TOP = "No top_bs or it is invalid"
 ACTIVE_EJECTED = "Active disk {name} is ejected"
 HIDDEN_EJECTED = "Hidden disk {name} is ejected"
+SERVES_ALREADY = (
+    "this host is the primary and serves already; fail over on the secondary, or stop replication here"
+)
 CANNOT_EMPTY = "Failed to empty {name}: {reason}"
 NO_MODE = "Missing the option mode"
 NO_TOP_ID = "Missing the option top-id"
@@ -113,12 +121,22 @@ _BUSY = Row(Action.REFUSE, error=RUNNING_OR_DONE)
 _IDLE = Row(Action.REFUSE, error=NOT_RUNNING)
 _NO_BACKUP = Row(Action.REFUSE, error=BACKUP_GONE)
 _ANSWER = Row(Action.ANSWER_ERROR)
+_SERVES = Row(Action.REFUSE, error=SERVES_ALREADY)
 
 P, S = Mode.PRIMARY, Mode.SECONDARY
 N, R, F, X, D = Stage.NONE, Stage.RUNNING, Stage.FAILOVER, Stage.FAILOVER_FAILED, Stage.DONE
 O = Operation  # noqa: E741 - the table reads better
 
 TABLE: dict[tuple[Mode, Stage, Operation], Row] = {
+    # replication_open; ours: what was running goes on, and a commit that failed is tried again
+    (P, N, O.OPEN): IGNORED,
+    (P, R, O.OPEN): Row(Action.RESUME),
+    (P, D, O.OPEN): IGNORED,
+    (S, N, O.OPEN): IGNORED,
+    (S, R, O.OPEN): Row(Action.RESUME),
+    (S, F, O.OPEN): Row(Action.RESUME),
+    (S, X, O.OPEN): Row(Action.RESUME, F),
+    (S, D, O.OPEN): IGNORED,
     # block/replication.c: replication_start
     (P, N, O.START): Row(Action.ATTACH, R),
     (P, R, O.START): _BUSY,
@@ -128,6 +146,15 @@ TABLE: dict[tuple[Mode, Stage, Operation], Row] = {
     (S, F, O.START): IGNORED,
     (S, X, O.START): _BUSY,
     (S, D, O.START): IGNORED,
+    # ours: an operator's start, which begins a new pairing where an earlier one is done
+    (P, N, O.START_AGAIN): Row(Action.ATTACH, R),
+    (P, R, O.START_AGAIN): _BUSY,
+    (P, D, O.START_AGAIN): Row(Action.ATTACH, R),
+    (S, N, O.START_AGAIN): Row(Action.WATCH, R),
+    (S, R, O.START_AGAIN): _BUSY,
+    (S, F, O.START_AGAIN): IGNORED,
+    (S, X, O.START_AGAIN): _BUSY,
+    (S, D, O.START_AGAIN): Row(Action.WATCH, R),
     # replication_do_checkpoint; on a primary QEMU's is empty, ours moves the secondary's epoch
     (P, N, O.CHECKPOINT): IGNORED,
     (P, R, O.CHECKPOINT): Row(Action.MOVE_EPOCH),
@@ -155,19 +182,19 @@ TABLE: dict[tuple[Mode, Stage, Operation], Row] = {
     (S, F, O.STOP): IGNORED,
     (S, X, O.STOP): _IDLE,
     (S, D, O.STOP): IGNORED,
-    # replication_stop(failover=true)
-    (P, N, O.FAILOVER): _IDLE,
-    (P, R, O.FAILOVER): Row(Action.DETACH, D),
-    (P, D, O.FAILOVER): IGNORED,
+    # replication_stop(failover=true); ours on a primary: QEMU's is a stop, which its controller gives by that name
+    (P, N, O.FAILOVER): _SERVES,
+    (P, R, O.FAILOVER): _SERVES,
+    (P, D, O.FAILOVER): _SERVES,
     (S, N, O.FAILOVER): _IDLE,
     (S, R, O.FAILOVER): Row(Action.COMMIT, F),
     (S, F, O.FAILOVER): IGNORED,
     (S, X, O.FAILOVER): _IDLE,
     (S, D, O.FAILOVER): IGNORED,
     # ours: failover to what the primary had acknowledged
-    (P, N, O.FAILOVER_TO_LATEST): _IDLE,
-    (P, R, O.FAILOVER_TO_LATEST): Row(Action.DETACH, D),
-    (P, D, O.FAILOVER_TO_LATEST): IGNORED,
+    (P, N, O.FAILOVER_TO_LATEST): _SERVES,
+    (P, R, O.FAILOVER_TO_LATEST): _SERVES,
+    (P, D, O.FAILOVER_TO_LATEST): _SERVES,
     (S, N, O.FAILOVER_TO_LATEST): _IDLE,
     (S, R, O.FAILOVER_TO_LATEST): Row(Action.DROP_OVERLAYS, D),
     (S, F, O.FAILOVER_TO_LATEST): IGNORED,
@@ -182,6 +209,8 @@ TABLE: dict[tuple[Mode, Stage, Operation], Row] = {
     # replication_done
     (S, F, O.COMMIT_DONE): Row(Action.FINISH, D),
     (S, F, O.COMMIT_FAILED): Row(Action.RECORD_ERROR, X),
+    # ours: a primary hears that its peer was promoted
+    (P, R, O.SUPERSEDED): Row(Action.STEP_DOWN, D),
     # replication_get_io_status, for reads
     (P, N, O.READ): _IO,
     (P, R, O.READ): _IO,

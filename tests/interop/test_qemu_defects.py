@@ -22,8 +22,9 @@ from tcmu_replication.block.memory import Memory
 from tcmu_replication.control.client import Client
 from tcmu_replication.errors import Error
 from tcmu_replication.replication import stages
+from tcmu_replication.replication.assemble import secondary
 from tcmu_replication.replication.epochs import Epochs
-from tcmu_replication.replication.secondary import Secondary
+from tcmu_replication.replication.replica import Replica
 from tcmu_replication.replication.stages import Mode, Stage
 from tcmu_replication.units import KiB, MiB
 from tests.support import nbd, qemu
@@ -282,11 +283,11 @@ def test_start_that_fails_on_one_disk_of_several_leaves_that_one_untouched(tmp_p
     async def nothing(*_: object) -> None:
         pass
 
-    def site(name: str, top_id: str) -> Secondary:
+    def site(name: str, top_id: str) -> Replica:
         (tmp_path / name).mkdir(exist_ok=True)
         disk = Memory(MiB)
         epochs = Epochs(tmp_path / name, disk)
-        return Secondary(
+        return secondary(
             name, disk, epochs, top_id=top_id, durable=True, publish=nothing, withdraw=nothing,
             roots=None if top_id == name else {},
         )  # fmt: skip

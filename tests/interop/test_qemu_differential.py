@@ -78,7 +78,7 @@ def test_grain_shows_in_the_allocation_alone() -> None:
             assert ours.engine.overlay_bytes[1] < sum(length + 2 * BLOCK for _, length in SCATTERED)
             units = {
                 unit
-                for offset, length, _ in ours.engine._pair.hidden.allocated_runs()
+                for offset, length, _ in ours.engine.receiver.pair.hidden.allocated_runs()
                 for unit in range(offset // UNIT, -(-(offset + length) // UNIT))
             }
             theirs.qemu.quit()

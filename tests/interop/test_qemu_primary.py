@@ -19,8 +19,8 @@ from tcmu_replication.block.remote import Remote
 from tcmu_replication.errors import Error, Kind
 from tcmu_replication.frontend.nbd import Export, Server
 from tcmu_replication.nbd.uri import Unix
+from tcmu_replication.replication.assemble import primary
 from tcmu_replication.replication.peer_state import News, PeerState
-from tcmu_replication.replication.primary import Primary
 from tcmu_replication.replication.stages import Mode, Stage
 from tests.interop.differential.steps import LENGTH, SECTOR
 from tests.interop.test_qemu_differential import seeds
@@ -116,8 +116,7 @@ class Ours:
         self._socket = str(directory / "peer.sock")
         self._server = Server([Export("disk0", self._files[1])])
         (directory / "state").mkdir()
-        self.engine = Primary("disk0", self._files[0], self._connect, self, directory / "state")
-        self.engine.mirror.alone = None  # QEMU does not mind what was written before start
+        self.engine = primary("disk0", self._files[0], self._connect, self, directory / "state")
 
     def _connect(self, verify: Callable[[], Awaitable[None]]) -> Remote:
         return Remote(
@@ -139,6 +138,7 @@ class Ours:
     async def open(self) -> None:
         await self._server.listen_unix(self._socket)
         await self.engine.open()
+        self.engine.mirror.alone = None  # QEMU does not mind what was written before start
 
     async def close(self) -> None:
         await self.engine.close()

@@ -23,10 +23,9 @@ from tcmu_replication.block.remote import Remote
 from tcmu_replication.errors import Error, Kind
 from tcmu_replication.frontend.nbd import Export, Server
 from tcmu_replication.nbd.uri import Unix
+from tcmu_replication.replication.assemble import primary, secondary
 from tcmu_replication.replication.epochs import Epochs
 from tcmu_replication.replication.peer_state import News, PeerState
-from tcmu_replication.replication.primary import Primary
-from tcmu_replication.replication.secondary import Secondary
 from tcmu_replication.replication.stages import Action, Mode, Operation, Stage
 from tcmu_replication.units import MiB
 from tests.support import nbd, qemu
@@ -187,7 +186,7 @@ class OurPrimary:
         self._disks = [File(self._image(directory / name)) for name in ("primary.img", "peer.img")]
         self._server = Server([Export("disk0", self._disks[1])])
         (directory / "state").mkdir()
-        self.engine = Primary("disk0", self._disks[0], self._connect, self, directory / "state")
+        self.engine = primary("disk0", self._disks[0], self._connect, self, directory / "state")
 
     @staticmethod
     def _image(path: Path) -> str:
@@ -256,7 +255,7 @@ class OurSecondary:
         self._offload = Offload()
         self._disk = File(str(image), offload=self._offload)
         self._export: Node | None = None
-        self.engine = Secondary(
+        self.engine = secondary(
             "disk0",
             self._disk,
             Epochs(directory / "overlays", self._disk, offload=self._offload),

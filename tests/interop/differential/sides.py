@@ -15,8 +15,9 @@ from tcmu_replication.block.offload import Offload
 from tcmu_replication.block.pending import Pending, attempt, settle
 from tcmu_replication.errors import Error, Kind
 from tcmu_replication.nbd.protocol import ERROR_OF_KIND
+from tcmu_replication.replication.assemble import secondary
 from tcmu_replication.replication.epochs import Epochs
-from tcmu_replication.replication.secondary import Secondary
+from tcmu_replication.replication.replica import Replica
 from tcmu_replication.replication.stages import Mode, Stage
 from tests.interop.differential import steps
 from tests.interop.differential.steps import BAD, LENGTH, SECTOR, Command, Fault, Request, Verb
@@ -249,8 +250,8 @@ class EngineSide:
         self._export: Node | None = None
         self.engine = self._make()
 
-    def _make(self) -> Secondary:
-        return Secondary(
+    def _make(self) -> Replica:
+        return secondary(
             "disk0",
             self._disk,
             Epochs(self._overlays, self._disk, offload=self._offload),

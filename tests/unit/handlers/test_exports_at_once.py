@@ -114,7 +114,7 @@ def test_disk_is_not_exported_for_writing_during_a_new_start_that_may_fail(play:
 
         await beta.ask("stop-replication")
         await beta.ask("nbd-server-start", addr=at_the_link(beta))
-        engine._make_durable = fail
+        engine.receiver.make_durable = fail
         starting = asyncio.create_task(beta.ask("start", assume_clean=True))
         await until(lambda: engine.top.held)
         [answer] = await outcomes(beta.ask("nbd-server-add", device="disk0-disk", writable=True))

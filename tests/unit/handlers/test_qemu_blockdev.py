@@ -277,7 +277,7 @@ def test_replica_is_not_put_back_behind_the_end_of_replication(play: Any) -> Non
 
     async def story(alpha: End, beta: End) -> None:
         await alpha.ask("x-blockdev-change", parent="disk0", child="children.1")
-        async with alpha.backstore.engine._lock:  # as under a third command
+        async with alpha.backstore.engine.between_commands():  # as under a third command
             both = asyncio.gather(
                 alpha.ask("stop-replication"),
                 alpha.ask("x-blockdev-change", parent="disk0", node="replication"),

@@ -15,8 +15,8 @@ from tcmu_replication.frontend.nbd import Export, Server
 from tcmu_replication.nbd.uri import Unix
 from tcmu_replication.replication import manifest as manifests
 from tcmu_replication.replication import stages
+from tcmu_replication.replication.assemble import primary
 from tcmu_replication.replication.peer_state import PeerState
-from tcmu_replication.replication.primary import Primary
 from tcmu_replication.replication.pulse import Pulse
 from tcmu_replication.replication.stages import Mode, Stage
 from tcmu_replication.units import BLOCK, MiB
@@ -64,7 +64,7 @@ class Site:
         self.engine = self.make()
 
     def make(self):
-        return Primary("disk0", self.disk, self.connect, self, self.state, detach=self.detach)
+        return primary("disk0", self.disk, self.connect, self, self.state, detach=self.detach)
 
     def connect(self, verify):
         return Remote(
@@ -688,7 +688,7 @@ def test_replica_that_missed_a_write_is_not_added_again(site):
 
 def test_failures_of_the_local_disk_are_told_with_their_meaning(site):
     told = []
-    site.engine._failed = told.append
+    site.engine.sender.failed = told.append
 
     async def story():
         site.disk.failing = {"write"}
@@ -767,7 +767,7 @@ def test_primary_that_was_down_waits_if_the_secondary_has_no_memory_of_the_pair(
         monkeypatch.setattr(boot, "boot_id", lambda: "another boot")
         site.peer = PeerState(Stage.NONE, 0, "", LENGTH, None)
         await site.engine.close()
-        site.engine = Primary(
+        site.engine = primary(
             "disk0", site.disk, site.connect, site, site.state, pulse=Pulse("disk0", 0.01), peer_name="beta"
         )
         await site.engine.open()

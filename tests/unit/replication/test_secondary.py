@@ -16,9 +16,9 @@ from tcmu_replication.jobs import commit
 from tcmu_replication.jobs.job import JobStatus
 from tcmu_replication.replication import manifest as manifests
 from tcmu_replication.replication import stages
+from tcmu_replication.replication.assemble import secondary
 from tcmu_replication.replication.epochs import Epochs, Pair
 from tcmu_replication.replication.peer_state import News
-from tcmu_replication.replication.secondary import Secondary
 from tcmu_replication.replication.stages import Mode, Stage
 from tcmu_replication.units import BLOCK, MiB
 from tests.support.tools import PATIENCE_S
@@ -51,7 +51,7 @@ class Site:
         self.engine = self.make()
 
     def make(self):
-        return Secondary(
+        return secondary(
             "disk0",
             self.disk,
             self.epochs,
@@ -69,10 +69,10 @@ class Site:
 
     async def reopen(self):
         """What a new process finds after the old one was killed: no close was called."""
-        if self.engine._pair is not None:
-            self.engine._pair.close()
-        if self.engine._next is not None:
-            self.engine._next.close()
+        if self.engine.receiver.pair is not None:
+            self.engine.receiver.pair.close()
+        if self.engine.receiver.next is not None:
+            self.engine.receiver.next.close()
         self.export = None
         self.engine = self.make()
         await self.engine.open()
@@ -94,7 +94,7 @@ class Site:
         return set(self.disk.data[offset : offset + length])
 
     async def committed(self):
-        await self.engine._commit_task
+        await self.engine.role.ended()
 
 
 def run(coroutine):
@@ -425,7 +425,7 @@ def test_checkpoint_whose_manifest_cannot_be_written_keeps_the_epoch(site, monke
 def test_checkpoint_after_an_overlay_was_ejected(site, role):
     async def story():
         await started(site)
-        getattr(site.engine._pair, role).release()
+        getattr(site.engine.receiver.pair, role).release()
         text = {"active": "Active disk active is ejected", "hidden": "Hidden disk hidden is ejected"}[role]
         with pytest.raises(Error, match=f"^{text}$"):
             await site.engine.checkpoint()
@@ -543,8 +543,8 @@ def test_killed_after_the_manifest_has_the_new_epoch(site, monkeypatch):
         await site.own(BLOCK, BLOCK)
         engine = site.engine
         await engine.prepare_checkpoint(1)
-        new, engine._next = engine._next, None
-        engine._save(epoch=2)
+        new, engine.receiver.next = engine.receiver.next, None
+        engine.record.save(epoch=2)
         new.close()
         await site.reopen()
         assert site.engine.epoch == 2
@@ -564,8 +564,7 @@ def test_killed_during_the_commit_goes_on_with_it(site, monkeypatch):
         await site.engine.failover(latest=False)
         for _ in range(3):
             await asyncio.sleep(0)
-        site.engine._commit_task.cancel()
-        await asyncio.gather(site.engine._commit_task, return_exceptions=True)
+        await site.engine.role.leave()
         await site.reopen()
         assert site.engine.stage is Stage.FAILOVER
         assert await site.top(0, 2 * MiB) == {OLD}
@@ -646,8 +645,7 @@ async def failed_over_unflushed(tmp_path):
 
 
 async def killed(site):
-    site.engine._commit_task.cancel()
-    await asyncio.gather(site.engine._commit_task, return_exceptions=True)
+    await site.engine.role.leave()
     site.disk.syncing = None
 
 
@@ -737,13 +735,13 @@ def test_slot_that_the_commit_forgot_is_taken_anew_only_once_that_is_stable(site
             while not manifests.load(site.directory).whole:
                 await asyncio.sleep(0.001)
         site.disk.data[:BLOCK] = bytes([OWN]) * BLOCK  # as the commit does, but for the end of it
-        site.engine._pair.active.forget(0, BLOCK)
+        site.engine.receiver.pair.active.forget(0, BLOCK)
         await killed(site)
         await site.reopen()
         await site.own(2 * BLOCK, BLOCK, OWN + 1)
         await killed(site)
-        site.engine._pair.close()
-        active = Path(f"{site.engine._pair.active.path}.map")
+        site.engine.receiver.pair.close()
+        active = Path(f"{site.engine.receiver.pair.active.path}.map")
         active.write_bytes(stable[active])
         monkeypatch.setattr(boot, "boot_id", lambda: "another boot")
         await site.reopen()
@@ -765,12 +763,12 @@ def test_marks_that_were_forgotten_are_stably_so_after_an_open(site, monkeypatch
         await started(site)
         await site.forward(0, BLOCK)
         await site.own(BLOCK, BLOCK)
-        for overlay in site.engine._pair:
+        for overlay in site.engine.receiver.pair:
             await settle(overlay.flush())
             overlay.forget(0, 2 * BLOCK)  # as after marks that could not be synced
-        site.engine._pair.close()  # what the death of the process does
+        site.engine.receiver.pair.close()  # what the death of the process does
         await site.reopen()
-        for overlay in site.engine._pair:
+        for overlay in site.engine.receiver.pair:
             path = Path(f"{overlay.path}.map")
             assert stable[path] == path.read_bytes(), overlay.name
         await site.engine.close()
@@ -805,8 +803,7 @@ def test_closed_before_the_checkpoint_is_stable_goes_on_after_boots(tmp_path, mo
         for name in ("another boot", "and another"):
             monkeypatch.setattr(boot, "boot_id", lambda name=name: name)
             await site.reopen()
-            site.engine._commit_task.cancel()
-            await asyncio.gather(site.engine._commit_task, return_exceptions=True)
+            await site.engine.role.leave()
         site.disk.syncing = None
         await site.reopen()
         await site.committed()
@@ -864,7 +861,7 @@ def test_request_under_way_when_the_commit_ends_still_has_the_overlays(tmp_path)
             while not site.disk.syncing:
                 await asyncio.sleep(0.001)
         assert site.engine.top.held
-        site.disk.reading, pair = [], site.engine._pair
+        site.disk.reading, pair = [], site.engine.receiver.pair
         reads = [asyncio.create_task(site.top(block * BLOCK)) for block in (0, 1)]
         await asyncio.sleep(0)
         syncing, site.disk.syncing = site.disk.syncing, None
@@ -878,7 +875,7 @@ def test_request_under_way_when_the_commit_ends_still_has_the_overlays(tmp_path)
         async with asyncio.timeout(30):
             assert await asyncio.gather(*reads) == [{OLD}, {OWN}]
             await site.committed()
-            await site.engine._sweeper
+            await site.engine.receiver.swept()
         assert pair.active.ejected
         assert site.engine.stage is Stage.DONE
 
@@ -1004,7 +1001,7 @@ def test_open_that_misses_an_overlay_removes_nothing(site):
         await started(site)
         await site.forward(0, BLOCK)
         await site.engine.prepare_checkpoint(1)
-        site.engine._save(epoch=3)
+        site.engine.record.save(epoch=3)
         with pytest.raises(Error):
             await site.reopen()
         assert len(list(site.directory.glob("epoch-00000001.*"))) == 4
@@ -1039,7 +1036,7 @@ def test_command_after_the_close_is_refused_and_changes_nothing(site):
     async def story():
         await started(site)
         await site.forward(0, BLOCK)
-        async with site.engine._lock:  # a command is under way, and these come one after the other behind it
+        async with site.engine.between_commands():  # as a command: these come one after the other behind it
             closing = asyncio.create_task(site.engine.close())
             await asyncio.sleep(0)
             commands = [
@@ -1073,9 +1070,9 @@ def test_checkpoint_that_fails_keeps_the_pair_that_the_manifest_names_and_no_oth
         await site.forward(0, BLOCK)
         with monkeypatch.context() as patch:
             if after_the_manifest:
-                patch.setattr(site.engine._backup, "retarget", broken)
+                patch.setattr(site.engine.receiver.backup, "retarget", broken)
             else:
-                patch.setattr(site.engine, "_save", broken)
+                patch.setattr(site.engine.record, "save", broken)
             with pytest.raises(Error, match="on cue"):
                 await site.engine.checkpoint()
         named = 2 if after_the_manifest else 1

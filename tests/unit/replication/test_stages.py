@@ -8,24 +8,32 @@ from tcmu_replication.replication.stages import Action, Machine, Mode, Operation
 
 RUNNING_OR_DONE = "Block replication is running or done"
 NOT_RUNNING = "Block replication is not running"
+SERVES_ALREADY = (
+    "this host is the primary and serves already; fail over on the secondary, or stop replication here"
+)
 BACKUP_GONE = "Backup job was cancelled unexpectedly"
 
 # What each operation does in each stage: "next stage", "ignored", "= action" or "! error text".
 PRIMARY = """
                     none                running                 done
+open                ignored             = RESUME                ignored
 start               running             ! running or done       ignored
+start-again         running             ! running or done       running
 checkpoint          ignored             = MOVE_EPOCH            ignored
 get-error           ! not running       = ANSWER_ERROR          = ANSWER_ERROR
 stop                ! not running       done                    ignored
-failover            ! not running       done                    ignored
-failover-to-latest  ! not running       done                    ignored
+failover            ! serves already    ! serves already        ! serves already
+failover-to-latest  ! serves already    ! serves already        ! serves already
+superseded          impossible          done                    impossible
 read                = EIO               = EIO                   = EIO
 write               = EIO               = TO_PEER               = EIO
 close               ignored             = SUSPEND               ignored
 """
 SECONDARY = """
                     none             running           failover         failover-failed    done
+open                ignored          = RESUME          = RESUME         failover           ignored
 start               running          ! running or done ignored          ! running or done  ignored
+start-again         running          ! running or done ignored          ! running or done  running
 checkpoint          ! backup gone    = MOVE_EPOCH      ignored          ! backup gone      ignored
 get-error           ! not running    = ANSWER_ERROR    = ANSWER_ERROR   = ANSWER_ERROR     = ANSWER_ERROR
 stop                ! not running    done              ignored          ! not running      ignored
@@ -38,7 +46,12 @@ read                = EIO            = CHAIN           = CHAIN          = CHAIN 
 write               = EIO            = TO_ACTIVE       = SPLIT          = SPLIT            = DISK
 close               ignored          = SUSPEND         = SUSPEND        = SUSPEND          ignored
 """
-TEXTS = {"running or done": RUNNING_OR_DONE, "not running": NOT_RUNNING, "backup gone": BACKUP_GONE}
+TEXTS = {
+    "running or done": RUNNING_OR_DONE,
+    "not running": NOT_RUNNING,
+    "backup gone": BACKUP_GONE,
+    "serves already": SERVES_ALREADY,
+}
 
 
 def cells(mode, text):
