@@ -33,8 +33,9 @@ class Gate(Node):
     """Refuses what does not fit the disk, counts what passes, and can hold it.
 
     A checkpoint calls `hold()`, waits for `drained()`, changes what lies below
-    (`swap`), and calls `release()`: the requests made meanwhile then run in
-    the order in which they were made (`quiet()` is all of that). Requests of no
+    (`swap`), and releases the `Hold`: the requests made meanwhile then run in
+    the order in which they were made (`quiet()` is all of that). Several may hold; it is
+    over when the last of them has released, or its time is up. Requests of no
     bytes end at once.
 
     `claim()` is for a request of several calls, as COMPARE AND WRITE is: until
@@ -54,6 +55,7 @@ class Gate(Node):
         self.bytes_read = 0
         self.bytes_written = 0
         self._held = False
+        self._holds = 0
         self._releasing = False
         self._guarded = False  # held, or there are claims: what a write looks at
         self._queue: deque[tuple[Call, Pending]] = deque()
@@ -137,11 +139,17 @@ class Gate(Node):
         self._check(offset, length)
         return self.child.extents(offset, length) if length else []
 
-    def hold(self) -> None:
-        """From now on requests wait for `release`. What was gathered below is started. Twice is fine."""
+    def hold(self, limit_s: float | None = None) -> Hold:
+        """From now on requests wait for the answer's release. What was gathered below is started.
+
+        After `limit_s` seconds it is released by itself: no peer that dies, and no disk that hangs, keeps
+        a LUN held.
+        """
         self._held = self._guarded = True
+        self._holds += 1
         self._releasing = False
         self.child.unplug()
+        return Hold(self, limit_s)
 
     @property
     def not_ready(self) -> Error | None:  # type: ignore[override]
@@ -160,7 +168,7 @@ class Gate(Node):
 
     @property
     def waiting(self) -> int:
-        """Requests that wait for `release`."""
+        """Requests that wait for the release of what holds them."""
         return len(self._queue)
 
     def drained(self) -> Pending | None:
@@ -192,13 +200,14 @@ class Gate(Node):
         self.read_only = child.read_only
         return before
 
-    def release(self) -> None:
-        """Run what waited, in order, and let requests pass again.
+    def _let_go(self) -> None:
+        """A hold is over. After the last: run what waited, in order, and let requests pass again.
 
         Requests made by whoever is told of an end meanwhile come after those
         that waited. A `hold` from there stops the release.
         """
-        if not self._held or self._releasing:
+        self._holds -= 1
+        if self._holds:
             return
         self._releasing = True
         while self._queue and self._releasing:
@@ -216,12 +225,12 @@ class Gate(Node):
     @asynccontextmanager
     async def quiet(self) -> AsyncIterator[None]:
         """Within it nothing is under way, and new requests wait."""
-        self.hold()
+        hold = self.hold()
         try:
             await settle(self.drained())
             yield
         finally:
-            self.release()
+            hold.release()
 
     def _wait(self, call: Call) -> Pending:
         promised = Pending()
@@ -309,6 +318,36 @@ class Gate(Node):
         if writes and self.read_only:
             raise Error(Kind.READ_ONLY, f"{self.name}: {self.child.name} is read-only")
         self._check(offset, length)
+
+
+class Hold:
+    """One reason why a gate is held; by `Gate.hold`."""
+
+    def __init__(self, gate: Gate, limit_s: float | None) -> None:
+        self.expired = False
+        self._gate = gate
+        self._over = False
+        self._timer: asyncio.TimerHandle | None = None
+        if limit_s is not None:
+            self._timer = asyncio.get_running_loop().call_later(limit_s, self._expire)
+
+    def release(self) -> None:
+        """End it. Twice is fine."""
+        if self._over:
+            return
+        self._over = True
+        if self._timer is not None:
+            self._timer.cancel()
+        self._gate._let_go()
+
+    def check(self, what: str) -> None:
+        """Raise `Error(TIMED_OUT)` if the time was up before `what` was done."""
+        if self.expired:
+            raise Error(Kind.TIMED_OUT, f"{what} took too long: requests were held, and go on without it")
+
+    def _expire(self) -> None:
+        self.expired = True
+        self.release()
 
 
 class Claim:

@@ -183,13 +183,13 @@ class Commit(Job):
         """Copy all that is left, while new requests are held: nothing has to be copied again."""
         offset = 0
         while self._left():
-            self._gate.hold()
+            hold = self._gate.hold()
             try:
                 await settle(self._gate.drained())
                 offset = self._begin(self._next(offset, LAST)).end
                 await self._finish()
             finally:
-                self._gate.release()
+                hold.release()
 
     def _next(self, offset: int, limit: int) -> list[Run]:
         """The next runs from `offset` on: at most RUNS, and `limit` bytes."""

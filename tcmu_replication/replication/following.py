@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from tcmu_replication.background import background
 from tcmu_replication.block import boot
-from tcmu_replication.block.gate import Gate
+from tcmu_replication.block.gate import Gate, Hold
 from tcmu_replication.block.pending import settle
 from tcmu_replication.errors import Error, Kind
 from tcmu_replication.replication import stages
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from tcmu_replication.replication.replica import Replica
 
 log = logging.getLogger(__name__)
+
+HOLD_S = 15.0
+"""A checkpoint that cannot be made within this is given up, and the LUN goes on: initiators wait for 30 s."""
 
 
 class Following(SecondaryRole):
@@ -136,28 +139,29 @@ class Following(SecondaryRole):
         new, receiver.next = receiver.next, None
         assert new is not None
         export = receiver.export
-        began = time.monotonic()
-        export.hold()
-        top.hold()
+        holds = [export.hold(HOLD_S), top.hold(HOLD_S)]
         try:
-            return await self._switch(new, export, began, name)
+            return await self._switch(new, export, holds, name)
         except BaseException:
             if receiver.pair is not new:  # else the record names it
                 new.destroy()
             raise
         finally:
-            top.release()
-            export.release()
+            for hold in reversed(holds):
+                hold.release()
 
-    async def _switch(self, new: Pair, export: Gate, began: float, name: str) -> float:
+    async def _switch(self, new: Pair, export: Gate, holds: list[Hold], name: str) -> float:
         """With requests held: wait for those in flight, then move to the next epoch."""
         receiver, top = self._receiver, self.replica.top
+        began = time.monotonic()
         export.unplug()
         top.unplug()
         await settle(export.drained())
         await settle(top.drained())
         if receiver.durable:
             await settle(self.replica.disk.flush())
+        for hold in holds:
+            hold.check(f"the checkpoint of {self.name}")
         pause = (time.monotonic() - began) * 1000
         self.record.save(
             epoch=self.replica.epoch + 1,

@@ -407,12 +407,12 @@ class Replica:
     async def install(self, node: Node) -> None:
         """Serve `node` from now on."""
         async with self._holding:
-            self.top.hold()
+            hold = self.top.hold()
             try:
                 await settle(self.top.drained())
                 self.top.swap(node)
             finally:
-                self.top.release()
+                hold.release()
 
     @asynccontextmanager
     async def between_commands(self) -> AsyncIterator[None]:

@@ -190,13 +190,12 @@ class Chain(RuleBasedStateMachine):
         )
         self.hidden.data = Faults(self.hidden.data)
         self.active.data = Faults(self.active.data)
-        for gate in (self.primary, self.lun):
-            gate.hold()
-            assert gate.drained() is None
+        holds = [gate.hold() for gate in (self.primary, self.lun)]
+        assert self.primary.drained() is self.lun.drained() is None
         self.filter.retarget(self.hidden)
         self.lun.swap(self.active)
-        self.lun.release()
-        self.primary.release()
+        for hold in reversed(holds):
+            hold.release()
         for overlay in old:
             overlay.destroy()
         self.top = self.sec

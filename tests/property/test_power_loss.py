@@ -223,9 +223,9 @@ class Failover:
         self.gate = Gate(host.active)
         self.job = Commit("commit", host.active, host.hidden, host.disk, self.gate, self.slow)
         self.split = Split(host.active, host.hidden, host.disk, self.job.redo)
-        self.gate.hold()
+        hold = self.gate.hold()
         self.gate.swap(self.split)
-        self.gate.release()
+        hold.release()
         self.flushes: list[Pending | None] = []
 
     async def requests(self) -> None:

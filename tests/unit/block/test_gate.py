@@ -132,12 +132,12 @@ def test_gate_drained_when_the_last_in_flight_has_ended() -> None:
 def test_gate_held_requests_run_in_order_at_release() -> None:
     slow = Slow()
     gate = Gate(slow)
-    gate.hold()
+    hold = gate.hold()
     waited = [gate.write(0, data(b"a")), gate.flush(), gate.write(1, data(b"b"), True)]
     assert slow.calls == []
     assert gate.held
     assert gate.waiting == 3
-    gate.release()
+    hold.release()
     assert slow.calls == [("write", 0, b"a", False), ("flush",), ("write", 1, b"b", True)]
     assert not gate.held
     assert gate.in_flight == 3
@@ -151,7 +151,7 @@ def test_gate_held_requests_run_in_order_at_release() -> None:
 
 def test_gate_held_requests_that_end_at_once() -> None:
     gate = Gate(Memory(LENGTH))
-    gate.hold()
+    hold = gate.hold()
     into = bytearray(2)
     calls = [
         gate.write(0, data(b"ab")),
@@ -160,36 +160,70 @@ def test_gate_held_requests_that_end_at_once() -> None:
         gate.read(0, [memoryview(into)]),
     ]
     assert into == b"\0\0"
-    gate.release()
+    hold.release()
     assert all(pending is not None and pending.done and pending.error is None for pending in calls)
     assert into == b"a\0"
 
 
 def test_gate_request_made_during_release_comes_after_those_that_waited() -> None:
     gate = Gate(memory := Memory(LENGTH))
-    gate.hold()
+    hold = gate.hold()
     first = gate.write(0, data(b"1"))
     assert first is not None
     first.then(lambda _: gate.write(0, data(b"3")) and None)
     gate.write(0, data(b"2"))
-    gate.release()
+    hold.release()
     assert memory.data[:1] == b"3"
     assert not gate.held
 
 
 def test_gate_held_again_during_release_keeps_the_rest_waiting() -> None:
     gate = Gate(memory := Memory(LENGTH))
-    gate.hold()
+    hold = gate.hold()
+    again = []
     first = gate.write(0, data(b"1"))
     gate.write(0, data(b"2"))
     assert first is not None
-    first.then(lambda _: gate.hold())
-    gate.release()
+    first.then(lambda _: again.append(gate.hold()))
+    hold.release()
     assert gate.held
     assert gate.waiting == 1
     assert memory.data[:1] == b"1"
-    gate.release()
+    again[0].release()
     assert memory.data[:1] == b"2"
+
+
+def test_gate_is_held_until_the_last_of_several_holds_is_released() -> None:
+    gate = Gate(memory := Memory(LENGTH))
+    one, other = gate.hold(), gate.hold()
+    gate.write(0, data(b"1"))
+    one.release()
+    one.release()
+    assert gate.held
+    assert memory.data[:1] == b"\0"
+    other.release()
+    assert not gate.held
+    assert memory.data[:1] == b"1"
+
+
+def test_gate_hold_whose_time_is_up_is_released_and_says_so() -> None:
+    async def story() -> None:
+        gate = Gate(Memory(LENGTH))
+        hold = gate.hold(0.001)
+        waited = gate.write(0, data(b"1"))
+        assert waited is not None
+        await waited.wait()
+        assert hold.expired
+        with pytest.raises(Error, match="the checkpoint took too long") as late:
+            hold.check("the checkpoint")
+        assert late.value.kind is Kind.TIMED_OUT
+        hold.release()
+        again = gate.hold(3600)
+        again.release()
+        assert not again.expired
+        assert not gate.held
+
+    asyncio.run(story())
 
 
 def test_gate_bad_requests_are_refused_at_once_even_while_held() -> None:
@@ -207,7 +241,7 @@ def test_gate_swaps_what_lies_below_only_when_quiet() -> None:
         gate.swap(other)
     assert caught.value.kind is Kind.INVALID_STATE
     gate.write(0, data(b"a"))
-    gate.hold()
+    hold = gate.hold()
     with pytest.raises(Error) as caught:
         gate.swap(other)
     assert caught.value.kind is Kind.INVALID_STATE
@@ -216,7 +250,7 @@ def test_gate_swaps_what_lies_below_only_when_quiet() -> None:
         gate.swap(Memory(LENGTH - 1))
     assert caught.value.kind is Kind.BAD_CONFIG
     assert gate.swap(other) is slow
-    gate.release()
+    hold.release()
     assert gate.read_only
     assert gate.child is other
 
@@ -272,7 +306,7 @@ def test_gate_claim_is_in_flight_and_passes_a_hold() -> None:
     gate = Gate(slow)
     claim = gate.claim(0, 512)
     waited = gate.write(0, data(b"w" * 512))
-    gate.hold()
+    hold = gate.hold()
     drained = gate.drained()
     assert drained is not None
     late = gate.write(0, data(b"l" * 512))
@@ -284,7 +318,7 @@ def test_gate_claim_is_in_flight_and_passes_a_hold() -> None:
     assert waited.done
     assert drained.done
     assert [call[2][:1] for call in slow.calls] == [b"c", b"w"]
-    gate.release()
+    hold.release()
     assert slow.calls[2][2] == b"l" * 512
     slow.answers[2].complete()
     assert late is not None
@@ -294,12 +328,12 @@ def test_gate_claim_is_in_flight_and_passes_a_hold() -> None:
 def test_gate_claim_of_a_held_gate_stands_in_line_with_what_waits() -> None:
     slow = Slow()
     gate = Gate(slow)
-    gate.hold()
+    hold = gate.hold()
     gate.write(0, data(b"a" * 512))
     claim = gate.claim(0, 512)
     gate.write(0, data(b"b" * 512))
     assert gate.in_flight == 0
-    gate.release()
+    hold.release()
     assert claim.granted is not None
     assert not claim.granted.done
     slow.answers[0].complete()
@@ -373,10 +407,10 @@ def test_long_zero_waits_for_the_release_of_a_hold() -> None:
     slow = Slow()
     slow.length = 4 * SPAN
     gate = Gate(slow)
-    gate.hold()
+    hold = gate.hold()
     gate.zero(0, 2 * SPAN)
     assert not slow.calls
-    gate.release()
+    hold.release()
     assert slow.calls == [("zero", 0, SPAN)]
 
 

@@ -73,7 +73,7 @@ def test_server_is_stopped_twice_while_exports_come_and_go(play: Any) -> None:
         await beta.ask("nbd-server-add", device="disk0", name="one")
         await beta.ask("nbd-server-add", device="disk0", name="two")
         nbd = await connect(beta, "one")
-        top.hold()  # so that the export ends slowly
+        hold = top.hold()  # so that the export ends slowly
         reading = asyncio.create_task(asyncio.to_thread(nbd.read, 0, 512))
         await until(lambda: top.waiting)
         stopping = asyncio.create_task(beta.ask("nbd-server-stop"))
@@ -87,7 +87,7 @@ def test_server_is_stopped_twice_while_exports_come_and_go(play: Any) -> None:
             )
         ]
         await asyncio.sleep(0)
-        top.release()
+        hold.release()
         assert await outcomes(stopping, *others) == [
             "",
             "Export 'two' is not found",
