@@ -147,10 +147,8 @@ class PairBackstore(Backstore):
             "stop-replication": self._stop,
             "query-errors": self._query_errors,
         }
-        # Each engine has what its mode is asked for.
-        replica = engine
         self._qemu = Controller(
-            resource, host, replica, disk, self._emit, self._qmp_tls, connect=connect, own=link_server
+            resource, host, engine, disk, self._emit, self._qmp_tls, connect=connect, own=link_server
         )
         commands |= self._qemu.commands
         super().__init__(engine.top, resource.block_size, commands, resource.serial, offload)

@@ -20,7 +20,7 @@ from tcmu_replication.replication.manifest import Manifest
 from tcmu_replication.replication.peer_state import News
 from tcmu_replication.replication.promotion import refuse_what_is_old, refuse_while_primary_lives
 from tcmu_replication.replication.pulse import PERIOD_S
-from tcmu_replication.replication.role import StartOptions
+from tcmu_replication.replication.role import HOLD_S, StartOptions
 from tcmu_replication.replication.secondary import SecondaryRole
 from tcmu_replication.replication.stages import Operation, Stage
 from tcmu_replication.units import format_size
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     from tcmu_replication.replication.replica import Replica
 
 log = logging.getLogger(__name__)
-
-HOLD_S = 15.0
-"""A checkpoint that cannot be made within this is given up, and the LUN goes on: initiators wait for 30 s."""
 
 
 class Following(SecondaryRole):

@@ -35,7 +35,7 @@ from tcmu_replication.replication.clock import now
 from tcmu_replication.replication.comparing import Comparing
 from tcmu_replication.replication.peer_state import News, PeerState
 from tcmu_replication.replication.primary import PrimaryRole
-from tcmu_replication.replication.role import StartOptions
+from tcmu_replication.replication.role import HOLD_S, StartOptions
 from tcmu_replication.replication.sender import Sender
 from tcmu_replication.replication.stages import Operation, Stage
 from tcmu_replication.units import format_size
@@ -356,7 +356,7 @@ class Forwarding(PrimaryRole):
         async with self.replica.quiet():
             self._refuse_checkpoint()
             try:
-                state = await peer.checkpoint(epoch, name)
+                state = await self._commit_epoch(epoch, name)
             except Error as error:
                 if self._sender.remote is not None:
                     self._sender.remote.renew(f"the checkpoint of epoch {epoch} was not confirmed: {error}")
@@ -370,6 +370,16 @@ class Forwarding(PrimaryRole):
         )
         log.info("%s: checkpoint, epoch %d, paused for %.1f ms", self.name, state.epoch, pause)
         return pause
+
+    async def _commit_epoch(self, epoch: int, name: str) -> PeerState:
+        """While requests are held, and no longer than they may be. Raises `Error`."""
+        try:
+            async with asyncio.timeout(HOLD_S):
+                return await self._sender.peer.checkpoint(epoch, name)
+        except TimeoutError as late:
+            raise Error(
+                Kind.TIMED_OUT, f"{self.replica.peer_name} has not answered for {HOLD_S:g} s"
+            ) from late
 
     def _refuse_checkpoint(self) -> None:
         forward = self._sender.filter

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from tcmu_replication.replication.replica import Replica
 
 
+HOLD_S = 15.0
+"""A checkpoint that cannot be made within this is given up, and the LUN goes on: initiators wait for 30 s."""
+
+
 class StartOptions(NamedTuple):
     """How an operator, or a controller, wants a start.
 

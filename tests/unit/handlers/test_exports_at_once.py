@@ -44,7 +44,7 @@ def test_disk_is_not_exported_for_writing_while_a_failover_takes_it_away(play: A
         await beta.ask("nbd-server-add", device="disk0-disk", writable=True)
         nbd = await connect(beta, "disk0-disk")
         forwarded = engine.forwarded
-        forwarded.hold()  # so that the export ends slowly
+        hold = forwarded.hold()  # so that the export ends slowly
         writing = asyncio.create_task(asyncio.to_thread(nbd.write, 0, b"\1" * 512))
         await until(lambda: forwarded.waiting)
         failover = asyncio.create_task(beta.ask("failover", to=to, force=True))
@@ -54,7 +54,7 @@ def test_disk_is_not_exported_for_writing_while_a_failover_takes_it_away(play: A
             tries.append(asyncio.create_task(beta.ask("nbd-server-add", device="disk0-disk", writable=True)))
             await asyncio.sleep(0)
             if len(tries) == 3:
-                forwarded.release()
+                hold.release()
         assert all("Permission conflict" in answer for answer in await outcomes(*tries))
         assert server.exports == ()
         assert await beta.ask("query-block-exports") == []

@@ -255,7 +255,7 @@ def test_yank_ends_the_wait_for_a_replica_that_is_put_back(play: Any, anew: bool
         else:
             await alpha.ask("x-blockdev-change", parent="disk0", child="children.1")
         forwarded = beta.backstore.engine.forwarded
-        forwarded.hold()
+        hold = forwarded.hold()
         name = "r" if anew else "replication"
         adding = asyncio.create_task(alpha.ask("x-blockdev-change", parent="disk0", node=name))
         while not forwarded.waiting:
@@ -265,7 +265,7 @@ def test_yank_ends_the_wait_for_a_replica_that_is_put_back(play: Any, anew: bool
         with pytest.raises(Error, match="was closed"):
             await adding
         await writing
-        forwarded.release()
+        hold.release()
         assert (alpha.disk[0], beta.disk[0]) == (1, 0)
         assert alpha.backstore.engine.machine.error is not None
 

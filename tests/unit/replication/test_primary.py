@@ -13,8 +13,8 @@ from tcmu_replication.block.remote import Remote
 from tcmu_replication.errors import Error, Kind
 from tcmu_replication.frontend.nbd import Export, Server
 from tcmu_replication.nbd.uri import Unix
+from tcmu_replication.replication import forwarding, stages
 from tcmu_replication.replication import manifest as manifests
-from tcmu_replication.replication import stages
 from tcmu_replication.replication.assemble import primary
 from tcmu_replication.replication.peer_state import PeerState
 from tcmu_replication.replication.pulse import Pulse
@@ -250,6 +250,26 @@ def test_checkpoint_without_an_answer_lets_writes_go_on(site):
         site.checkpoint = checkpoint
         with pytest.raises(Error, match="no answer"):
             await site.engine.checkpoint()
+        await site.write(0, 3)
+        assert site.byte(0) == (3, 3)
+        assert site.engine.epoch == 1
+
+    run(site, story)
+
+
+def test_checkpoint_of_a_secondary_that_never_answers_is_given_up_and_writes_go_on(site, monkeypatch):
+    monkeypatch.setattr(forwarding, "HOLD_S", 0.01)
+
+    async def story():
+        await site.engine.start(Mode.PRIMARY)
+
+        async def checkpoint(epoch, name):
+            await asyncio.Event().wait()
+
+        site.checkpoint = checkpoint
+        with pytest.raises(Error, match="has not answered") as late:
+            await site.engine.checkpoint()
+        assert late.value.kind is Kind.TIMED_OUT
         await site.write(0, 3)
         assert site.byte(0) == (3, 3)
         assert site.engine.epoch == 1

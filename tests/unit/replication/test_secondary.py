@@ -14,8 +14,8 @@ from tcmu_replication.block.pending import Pending, settle
 from tcmu_replication.errors import Error, Kind
 from tcmu_replication.jobs import commit
 from tcmu_replication.jobs.job import JobStatus
+from tcmu_replication.replication import following, stages
 from tcmu_replication.replication import manifest as manifests
-from tcmu_replication.replication import stages
 from tcmu_replication.replication.assemble import secondary
 from tcmu_replication.replication.epochs import Epochs, Pair
 from tcmu_replication.replication.peer_state import News
@@ -204,6 +204,29 @@ def test_requests_during_a_checkpoint_are_held_and_belong_to_the_next_epoch(site
         assert site.sec(0) == {FORWARDED}
         assert await site.top(0) == {OLD}
         assert await site.top(BLOCK) == {OWN}
+
+    run(story())
+
+
+def test_checkpoint_that_takes_too_long_is_given_up_and_requests_go_on(site, monkeypatch):
+    monkeypatch.setattr(following, "HOLD_S", 0.01)
+
+    async def story():
+        await started(site)
+        slow = site.engine.filter.writes = Slow(LENGTH)
+        under_way = site.engine.top.write(0, [memoryview(bytes(BLOCK))])
+        checkpoint = asyncio.create_task(site.engine.checkpoint())
+        while not site.engine.top.held:
+            await asyncio.sleep(0)
+        await settle(site.export.write(0, [memoryview(bytes([FORWARDED]) * BLOCK)]))
+        assert not site.engine.top.held
+        slow.pending.complete()
+        await settle(under_way)
+        with pytest.raises(Error, match="took too long") as late:
+            await checkpoint
+        assert late.value.kind is Kind.TIMED_OUT
+        assert site.engine.epoch == 1
+        assert site.sec(0) == {FORWARDED}
 
     run(story())
 
