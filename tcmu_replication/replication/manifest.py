@@ -16,8 +16,14 @@ The file is written once, in its full length, and later only in place: a file
 system that is full forbids no save, and so no failover and no restart. (File
 systems that write nothing in place, btrfs and ZFS, need room for it.)
 
-Format 1 was one place in a file of its own, `manifest.json`, replaced by rename.
-It is read if there is no other, and goes when the first save has been made.
+Its format is that of the whole directory: a change to any file there raises it, so
+an older version refuses the directory before it looks at anything else, and says
+which version wrote it. An older format is read, and becomes this one in one save
+(`upgrade`). docs/on-disk.md has the rule and every file.
+
+    format 1    one place in a file of its own, `manifest.json`, replaced by rename
+    format 2    two places, as above
+    format 3    says which `version` of the software wrote it
 """
 
 from __future__ import annotations
@@ -25,19 +31,23 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 
+from tcmu_replication import __version__
 from tcmu_replication.errors import Error, Kind, from_os, one_line
 from tcmu_replication.replication.stages import Mode, Stage
 from tcmu_replication.units import KiB
 
-FORMAT = 2
-"""Raised when a reader of the old format would misunderstand the new one."""
-READS = (1, FORMAT)
+log = logging.getLogger(__name__)
+
+FORMAT = 3
+"""Raised with every change of a member, and of any other file of the directory."""
 
 NAME = "manifest"
 NAME_OF_FORMAT_1 = "manifest.json"
@@ -60,7 +70,7 @@ class Manifest(msgspec.Struct, frozen=True, rename="kebab", forbid_unknown_field
     under which the disks were last written, and `clean` says that they were flushed
     and closed since: together they tell a restarted worker from a host that lost
     its page cache. `whole` says of a failover that its checkpoint is on stable
-    storage.
+    storage. `format` is the file's, and `version` the software that wrote it, "" if it did not say.
 
     What makes this host's data less than the pair's last word, or the pair less
     than a pair, is here before anything relies on it:
@@ -108,7 +118,29 @@ class Manifest(msgspec.Struct, frozen=True, rename="kebab", forbid_unknown_field
     written_alone: bool = False
     last_forwarded: str = ""
     sequence: Count = 0
+    version: str = __version__
     format: int = FORMAT
+
+
+class _Head(msgspec.Struct):
+    """What every format has, whatever else it has."""
+
+    format: Annotated[int, msgspec.Meta(ge=1, le=(1 << 31) - 1)]
+    version: str = ""
+
+
+def _from_1(found: dict[str, Any]) -> dict[str, Any]:
+    """It knew nothing of the members that it lacks, and a pair that ran was one."""
+    found = {name: value for name, value in found.items() if name != "peer-boot"}
+    return found | {"paired": found.get("stage") != Stage.NONE.value}
+
+
+def _from_2(found: dict[str, Any]) -> dict[str, Any]:
+    return found | {"version": ""}
+
+
+UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1, 2: _from_2}
+"""By format: the members as the next format has them."""
 
 
 def _checksum(body: bytes) -> str:
@@ -116,8 +148,11 @@ def _checksum(body: bytes) -> str:
 
 
 def encode(manifest: Manifest) -> bytes:
-    """Two lines: the checksum of the second, and the manifest as JSON. Raises `Error` if it fits no place."""
-    body = msgspec.json.encode(manifest)
+    """Two lines: the checksum of the second, and the manifest as JSON, in this version's format.
+
+    Raises `Error` if it fits no place.
+    """
+    body = msgspec.json.encode(msgspec.structs.replace(manifest, version=__version__, format=FORMAT))
     data = _checksum(body).encode() + b"\n" + body + b"\n"
     if len(data) > PLACE:
         raise Error(Kind.BAD_REQUEST, f"a manifest of {len(data)} bytes does not fit its place of {PLACE}")
@@ -127,28 +162,36 @@ def encode(manifest: Manifest) -> bytes:
 def decode(data: bytes, path: Path) -> Manifest:
     """The manifest that a place, or a file of format 1, holds; `path` is named in errors.
 
-    Raises `Error(BAD_CONFIG)` for anything but a whole manifest of a format that is read here.
+    Its `format` is the one that was found. Raises `Error(BAD_CONFIG)` for anything but a whole manifest of
+    a format that is read here.
     """
     if not _is_whole(data):
         raise _not_whole(path)
     body = data.split(b"\n", 2)[1]
     try:
+        head = msgspec.json.decode(body, type=_Head)
+        if head.format > FORMAT:
+            raise _too_new(head, path)
         found = msgspec.json.decode(body, type=dict)
-        if found.get("format") == 1:
-            found = _upgraded(found)
-        manifest = msgspec.convert(found, Manifest)
+        for number in range(head.format, FORMAT):
+            found = UPGRADES[number](found)
+        return msgspec.convert(found, Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError) as e:
         raise Error(
             Kind.BAD_CONFIG,
-            f"{path}: {one_line(str(e))}; was it written by another version of tcmu-replication?",
+            f"{path}: {one_line(str(e))}; expected a manifest of format 1 to {FORMAT}. Its checksum is right: it was "
+            "written so, and not damaged. Nothing was changed; run the version of tcmu-replication that wrote it",
         ) from e
-    if manifest.format != FORMAT:
-        raise Error(
-            Kind.BAD_CONFIG,
-            f"{path}: found format {manifest.format}, this version reads {' and '.join(map(str, READS))}; "
-            "run the version that wrote it, or a newer one",
-        )
-    return manifest
+
+
+def _too_new(head: _Head, path: Path) -> Error:
+    writer = one_line(head.version, 40)
+    return Error(
+        Kind.BAD_CONFIG,
+        f"{path}: found format {head.format}, written by tcmu-replication {writer or 'of a newer version'}; this is "
+        f"version {__version__}, which reads format 1 to {FORMAT}. Nothing was changed; run "
+        f"{f'version {writer}' if writer else 'that version'} or a newer one on this host",
+    )
 
 
 def _is_whole(data: bytes) -> bool:
@@ -156,12 +199,6 @@ def _is_whole(data: bytes) -> bool:
     checksum, _, rest = data.partition(b"\n")
     body, _, tail = rest.partition(b"\n")
     return bool(body) and not tail.strip(b"\0") and checksum == _checksum(body).encode()
-
-
-def _upgraded(found: dict[str, Any]) -> dict[str, Any]:
-    """Format 1 as format 2: it knew nothing of the members that it lacks, and a pair that ran was one."""
-    found = {name: value for name, value in found.items() if name != "peer-boot"}
-    return found | {"format": FORMAT, "paired": found.get("stage") != Stage.NONE.value}
 
 
 def _not_whole(path: Path) -> Error:
@@ -174,7 +211,7 @@ def _not_whole(path: Path) -> Error:
 
 
 def load(directory: Path) -> Manifest | None:
-    """The directory's manifest, or None if it has none. Raises `Error`."""
+    """The directory's manifest, or None if it has none; nothing is changed. Raises `Error`."""
     path = directory / NAME
     data = _read(path)
     if data is None:
@@ -189,6 +226,19 @@ def load(directory: Path) -> Manifest | None:
     return max(found, key=lambda manifest: manifest.sequence)
 
 
+def upgrade(directory: Path, found: Manifest) -> Manifest:
+    """Make what `load` has found one of this version's format, before any other file there is touched.
+
+    It is one save. Raises `Error` with the directory as it was.
+    """
+    if found.format == FORMAT:
+        return found
+    now = msgspec.structs.replace(found, sequence=found.sequence + 1, version=__version__, format=FORMAT)
+    save(directory, now, found)
+    log.info("%s: the manifest of format %d is one of format %d now", directory, found.format, FORMAT)
+    return now
+
+
 def save(directory: Path, manifest: Manifest, before: Manifest) -> None:
     """Make `manifest` the directory's, after `before`; when this returns it is on stable storage.
 
@@ -196,29 +246,35 @@ def save(directory: Path, manifest: Manifest, before: Manifest) -> None:
     """
     assert manifest.sequence == before.sequence + 1, "saves are counted"
     path = directory / NAME
-    data, old = encode(manifest), encode(before)
+    data = encode(manifest)
     try:
-        if not path.exists():
+        if path.exists():
+            _write_in_place(path, data, manifest.sequence % 2 * PLACE)
+        else:
             _create(directory, data, manifest.sequence % 2)
-            (directory / NAME_OF_FORMAT_1).unlink(missing_ok=True)
-            return
-        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        try:
-            first = manifest.sequence % 2 * PLACE
-            try:
-                _write(fd, data, first)
-                os.fdatasync(fd)
-            except OSError:
-                # The caller is told that it did not happen, so it must not be found either.
-                with contextlib.suppress(OSError):
-                    _write(fd, old, first)
-                raise
-            with contextlib.suppress(OSError):  # the first place is what counts
-                _write(fd, data, PLACE - first)
-        finally:
-            os.close(fd)
     except OSError as e:
         raise from_os(e, f"write {path}") from e
+    with contextlib.suppress(OSError):  # nobody looks at it any more, and the next save tries again
+        _remove_format_1(directory)
+
+
+def _write_in_place(path: Path, data: bytes, first: int) -> None:
+    """`data` in both places, and the one at `first` stable before the other is touched. Raises OSError."""
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        before = os.pread(fd, PLACE, first)
+        try:
+            _write(fd, data, first)
+            os.fdatasync(fd)
+        except OSError:
+            # The caller is told that it did not happen, so it must not be found either.
+            with contextlib.suppress(OSError):
+                _write(fd, before, first)
+            raise
+        with contextlib.suppress(OSError):  # the first place is what counts
+            _write(fd, data, PLACE - first)
+    finally:
+        os.close(fd)
 
 
 def _read(path: Path) -> bytes | None:
@@ -256,6 +312,14 @@ def _create(directory: Path, data: bytes, place: int) -> None:
     except OSError:
         new.unlink(missing_ok=True)
         raise
+
+
+def _remove_format_1(directory: Path) -> None:
+    """For good: a version that reads nothing else must not find it. Raises OSError."""
+    path = directory / NAME_OF_FORMAT_1
+    if path.exists():
+        path.unlink()
+        sync_directory(directory)
 
 
 def _write(fd: int, data: bytes, at: int) -> None:

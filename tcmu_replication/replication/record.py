@@ -69,7 +69,7 @@ class Record:
                 "restored on purpose, what this directory says is not true of it: move the directory's files away, "
                 f"then start {self.name} anew, which compares both disks",
             )
-        return found
+        return manifests.upgrade(self.directory, found)
 
     def take_up(self, found: Manifest, error: str | None = None) -> None:
         """Go on with what was found; with `error` instead of its own, if there is one."""

@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import msgspec
+
 from tcmu_replication.errors import Error, Kind
-from tcmu_replication.replication.manifest import Manifest, decode, encode
+from tcmu_replication.replication.manifest import FORMAT, Manifest, decode, encode
 from tests.fuzz.script import Script, told
 
 WORDS = tuple(b'"%s":' % name.encode() for name in Manifest.__struct_encode_fields__)
@@ -31,4 +33,5 @@ def check(data: bytes) -> None:
         return
     assert found.length >= 0
     assert found.epoch >= 0
-    assert decode(encode(found), Path("manifest.json")) == found
+    again = decode(encode(found), Path("manifest"))
+    assert again == msgspec.structs.replace(found, version=again.version, format=FORMAT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import subprocess
@@ -134,3 +135,43 @@ def test_hosts_of_one_version_show_each_others(tmp_path: Path) -> None:
                 "refusal": None,
             }
             assert f"{peer}, version {__version__}, protocol 2" in worker.cli("status", "disk0").stdout
+
+
+def as_the_version_before(overlays: Path, **changes: object) -> None:
+    """Make the manifest of a stopped worker one of format 2, which said no version."""
+    path = overlays / "manifest"
+    body = path.read_bytes()[: len(path.read_bytes()) // 2].split(b"\n")[1]
+    members = {name: value for name, value in json.loads(body).items() if name != "version"}
+    line = json.dumps({**members, "format": 2, **changes}).encode()
+    place = hashlib.sha256(line).hexdigest().encode() + b"\n" + line + b"\n"
+    path.write_bytes(place.ljust(16384, b"\0") * 2)
+
+
+def test_directories_of_the_version_before_are_taken_up_one_host_after_the_other(tmp_path: Path) -> None:
+    with Pair(tmp_path, size=SIZE, link=LINK) as pair:
+        pair.replicate()
+        pair.alpha.io("write -P 0x11 0 1M", "flush")
+        pair.alpha.cli("checkpoint", "disk0")
+        for number, worker in enumerate((pair.beta, pair.alpha), 2):
+            worker.stop()
+            as_the_version_before(worker.overlays)
+            worker.start()
+            assert "the manifest of format 2 is one of format" in worker.log.read_text()
+            pair.alpha.io(f"write -P 0x{number}{number} {number}M 1M", "flush")
+            assert pair.equal
+        pair.alpha.cli("checkpoint", "disk0")
+        for worker in (pair.alpha, pair.beta):
+            status = worker.status()
+            assert (status["epoch"], status["error"]) == (3, None)
+
+
+def test_directory_of_a_later_version_is_refused_by_name_and_left_as_it_is(tmp_path: Path) -> None:
+    with Pair(tmp_path, size=SIZE, link=LINK) as pair:
+        pair.replicate()
+        pair.beta.stop()
+        as_the_version_before(pair.beta.overlays, format=99, version="7.8.9")
+        before = {path: path.read_bytes() for path in pair.beta.overlays.iterdir()}
+        said = pair.beta.refuse_to_start()
+        assert "found format 99, written by tcmu-replication 7.8.9" in said
+        assert "run version 7.8.9 or a newer one" in said
+        assert {path: path.read_bytes() for path in pair.beta.overlays.iterdir()} == before

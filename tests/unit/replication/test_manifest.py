@@ -51,21 +51,6 @@ def test_link_in_place_of_a_manifest_is_not_followed(tmp_path):
     assert elsewhere.read_bytes() == b"somebody's"
 
 
-def test_format_1_is_read_and_goes_with_the_first_save(tmp_path):
-    body = (
-        b'{"resource":"disk0","mode":"secondary","stage":"running","length":1048576,"generation":"g","epoch":7,'
-        b'"error":"e","boot":"b","clean":true,"whole":false,"peer-boot":"","checkpoint-at":"t",'
-        b'"checkpoint-pause-ms":1.5,"format":1}'
-    )
-    checksum = hashlib.sha256(body).hexdigest().encode()
-    (tmp_path / manifests.NAME_OF_FORMAT_1).write_bytes(checksum + b"\n" + body + b"\n")
-    found = manifests.load(tmp_path)
-    assert (found.epoch, found.error, found.paired, found.format) == (7, "e", True, 2)
-    manifests.save(tmp_path, now := after(found), found)
-    assert [p.name for p in tmp_path.iterdir()] == [manifests.NAME]
-    assert manifests.load(tmp_path) == now
-
-
 @pytest.mark.parametrize("place", [0, 1])
 def test_either_place_may_be_torn_between_saves(tmp_path, saved, place):
     path = tmp_path / manifests.NAME
@@ -98,14 +83,6 @@ def test_file_of_which_no_place_is_whole_is_refused(tmp_path, saved):
         assert refused.value.kind is Kind.BAD_CONFIG
 
 
-def test_newer_format_in_one_place_is_not_passed_over(tmp_path, saved):
-    path = tmp_path / manifests.NAME
-    newer = manifests.encode(after(saved, format=99)).ljust(manifests.PLACE, b"\0")
-    path.write_bytes(path.read_bytes()[: manifests.PLACE] + newer)
-    with pytest.raises(Error, match="format 99"):
-        manifests.load(tmp_path)
-
-
 def test_manifest_that_fits_no_place_is_refused_and_the_old_one_stays(tmp_path, saved):
     with pytest.raises(Error, match="does not fit"):
         manifests.save(tmp_path, after(saved, error="x" * manifests.PLACE), saved)
@@ -133,21 +110,21 @@ def test_every_flipped_byte_is_refused(tmp_path):
         whole[index] ^= 0x20
 
 
-def test_other_format_is_refused(tmp_path):
-    data = manifests.encode(msgspec.structs.replace(SAMPLE, format=99))
-    with pytest.raises(Error, match="format 99"):
-        manifests.decode(data, tmp_path)
-
-
 @pytest.mark.parametrize(
     ("body", "said"),
     [
         (b"{", "truncated"),
-        (b'{"resource":"\xff"}', "utf-8"),
+        (b'{"format":3,"resource":"\xff"}', "utf-8"),
         (b"[]", "Expected `object`"),
-        (b'{"a\\nb":1}', "a?b"),
-        (b'{"resource":"a","mode":"primary","stage":"none","length":-1}', "length"),
-        (b'{"resource":"a","mode":"primary","stage":"none","length":1,"epoch":-1}', "epoch"),
+        (b"{}", "format"),
+        (b'{"format":0}', "format"),
+        (b'{"format":-1}', "format"),
+        (b'{"format":"3"}', "format"),
+        (b'{"format":%d}' % 10**400, "format"),
+        (b'{"format":3,"version":3}', "version"),
+        (b'{"format":3,"a\\nb":1}', "a?b"),
+        (b'{"format":3,"resource":"a","mode":"primary","stage":"none","length":-1}', "length"),
+        (b'{"format":3,"resource":"a","mode":"primary","stage":"none","length":1,"epoch":-1}', "epoch"),
     ],
 )
 def test_whole_file_that_is_no_manifest_is_refused_in_one_line(tmp_path, body, said):
