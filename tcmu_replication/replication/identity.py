@@ -203,6 +203,16 @@ def resync_ended_at_target(identity: Identity, source: Identity) -> Change:
     return Change(taken._replace(history=_history(taken, *source.history, *_past(identity))))
 
 
+def vouched(identity: Identity, theirs: Identity) -> Change:
+    """The operator vouches that this disk is equal to the peer's: it takes the peer's name, without a resync."""
+    if _whole(theirs).base:
+        raise Error(
+            Kind.INVALID_STATE, f"the peer's map counts since {theirs.base}: the disks are known to differ"
+        )
+    taken = Identity(theirs.current, history=theirs.history)
+    return Change(taken._replace(history=_history(taken, *theirs.history, *_past(identity))))
+
+
 def map_lost(identity: Identity, new: str) -> Change:
     """The dirty map is torn, or of another size: nothing counts, and the next resync compares everything."""
     fresh = identity._replace(current=_fresh(identity, new), base="")

@@ -128,8 +128,8 @@ def _blank(f: Facts) -> bool:
 
 
 def _lost_cache(f: Facts) -> bool:
-    """Its host died, and what was not flushed may be gone."""
-    return f.ending is Ending.CRASHED and f.hot_bytes > 0
+    """Its host died, and what was not flushed may be gone. One that serves does so by an operator's word: it counts."""
+    return f.ending is Ending.CRASHED and f.hot_bytes > 0 and not f.serving
 
 
 def _hot(m: Facts, t: Facts) -> bool:
@@ -280,17 +280,17 @@ TABLE: tuple[Row, ...] = (
         RESOLVE,
     ),
     *_facing(
-        "same-and-primary-dirty",
-        lambda m, t: _same(m, t) and m.role is Mode.PRIMARY and m.dirty_bytes > 0 and t.dirty_bytes == 0,
+        "same-and-primary-counts",
+        lambda m, t: _same(m, t) and m.role is Mode.PRIMARY and bool(m.identity.base) and not t.identity.base,
         Found.DELTA,
-        "both have the same generation, and this primary counts {to_copy} as different all the same",
-        "same-and-their-primary-dirty",
-        "both have the same generation, and the primary counts {to_copy} as different all the same",
+        "both have the same generation, and yet this primary counts {to_copy} as different",
+        "same-and-their-primary-counts",
+        "both have the same generation, and yet the primary counts {to_copy} as different",
         spans=MAP,
     ),
     Row(
-        "same-and-dirty",
-        lambda m, t: _same(m, t) and (m.dirty_bytes > 0 or t.dirty_bytes > 0),
+        "same-and-counted",
+        lambda m, t: _same(m, t) and bool(m.identity.base or t.identity.base),
         Found.SPLIT_BRAIN,
         "both have the same generation, and yet {my_dirty} count as different here and {their_dirty} on the peer",
         RESOLVE,

@@ -51,8 +51,8 @@ CASES: dict[str, tuple[Facts, Facts]] = {
     "they-become-our-base": (primary(Identity(C, B, (A,)), dirty_bytes=4096), secondary(MIX)),
     "they-become-our-past": (primary(Identity(D, C, (B, A))), secondary(MIX)),
     "they-are-a-mix": (primary(Identity(C, A)), secondary(MIX)),
-    "same-and-primary-dirty": (primary(Identity(A, B), dirty_bytes=4096), secondary()),
-    "same-and-dirty": (primary(), secondary(Identity(A, B), dirty_bytes=4096)),
+    "same-and-primary-counts": (primary(Identity(A, B), dirty_bytes=4096), secondary()),
+    "same-and-counted": (primary(), secondary(Identity(A, B), dirty_bytes=4096)),
     "same-and-they-are-outdated": (
         primary(hot_bytes=4096, ending=CRASHED),
         secondary(disk=Disk.OUTDATED),
@@ -73,7 +73,7 @@ MIRRORS = {
     "we-become-their-base": "they-become-our-base",
     "we-become-their-past": "they-become-our-past",
     "we-are-a-mix": "they-are-a-mix",
-    "same-and-their-primary-dirty": "same-and-primary-dirty",
+    "same-and-their-primary-counts": "same-and-primary-counts",
     "same-and-we-are-outdated": "same-and-they-are-outdated",
     "same-and-we-crashed": "same-and-they-crashed",
     "same-and-hot-there": "same-and-hot",
@@ -118,7 +118,7 @@ def test_verdict_that_waits_for_the_operator_names_the_command(name: str) -> Non
         ("they-are-behind", "the peer is behind: 12 KiB are missing there"),
         ("we-are-behind", "this host is behind: 12 KiB are missing here"),
         ("parted", "here 8 KiB, there 4 KiB"),
-        ("same-and-dirty", "0 B count as different here and 4 KiB on the peer"),
+        ("same-and-counted", "0 B count as different here and 4 KiB on the peer"),
     ],
 )
 def test_words_have_both_values(name: str, words: str) -> None:
@@ -147,7 +147,7 @@ def test_equal_identities_with_dirty_blocks_are_never_in_sync() -> None:
     """DRBD's: a peer whose identity is equal and whose map is not empty was taken for in sync."""
     for mine in (primary(), primary(Identity(A, B), dirty_bytes=4096)):
         for theirs in (secondary(Identity(A, C), dirty_bytes=8192), secondary()):
-            if mine.dirty_bytes or theirs.dirty_bytes:
+            if mine.identity.base or theirs.identity.base:
                 assert compare(mine, theirs).found is not Found.IN_SYNC
 
 
