@@ -8,7 +8,8 @@ the mirror for good, and the peer serves from there on.
 
 Both disks get overlapping writes in the order in which they were made: the
 local disk takes each at once, and the remote node keeps the order, also when it
-has to send some of them again.
+has to send some of them again. What the local disk refuses at once the peer does
+not get, unless it serves alone from then on.
 
 A discard promises no content, and two disks would keep different ones. So here
 it is a zero that gives space back, on both; or nothing, on both, where the local
@@ -204,6 +205,8 @@ class Mirror(Node):
                 local = getattr(disk, operation)(offset, *args)
             except Error as error:
                 failure = self._judge(disk, operation, offset, length, error)
+                if failure is not None:
+                    replica = None  # the peer shall not have what this disk has not
         if replica is not None:
             try:
                 remote = getattr(replica, operation)(offset, *args)

@@ -111,13 +111,27 @@ def test_local_failure_never_hides_behind_the_replica(disk, failures):
     mirror = mirror_of(Broken(disk, "write"), failures)
     replica = Later(Memory(LENGTH))
     attach(mirror, replica)
-    pending = mirror.write(0, view(3))
-    replica.end()
-    assert pending.error.kind is Kind.IO
+    with pytest.raises(Error) as failed:
+        mirror.write(0, view(3))
+    assert failed.value.kind is Kind.IO
+    assert replica.log == [], "the peer has what this disk has not"
     assert [(f.child, f.operation, f.offset, f.length, f.final) for f in failures] == [
         (disk.name, "write", 0, 4096, True)
     ]
     assert mirror.errors == {disk.name: 1}
+
+
+def test_late_local_failure_does_not_hide_behind_the_replica(failures):
+    disk = Later(Memory(LENGTH))
+    mirror = mirror_of(disk, failures)
+    replica = Later(Memory(LENGTH))
+    attach(mirror, replica)
+    pending = mirror.write(0, view(3))
+    replica.end()
+    assert not pending.done
+    disk.end(Error(Kind.IO, "write failed"))
+    assert pending.error.kind is Kind.IO
+    assert [(f.child, f.final) for f in failures] == [(disk.name, True)]
 
 
 def test_replica_failure_is_counted_and_not_the_callers(disk, failures):
