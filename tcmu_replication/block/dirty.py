@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Protocol
 
-from tcmu_replication.units import BLOCK
+from tcmu_replication.units import BLOCK, blocks_of
 
 
 class Marks(Protocol):
@@ -103,8 +103,8 @@ class Dirty:
 
     def sweep(self, start: int, end: int) -> Sweep | None:
         """A request for the bytes from `start` to `end` begins: the sweep of its dirty whole blocks, if it has any."""
-        first = -(-start // BLOCK)
-        last = self._blocks if end == self.length else end // BLOCK
+        first = blocks_of(start)
+        last = blocks_of(self.length) if end == self.length else end // BLOCK
         if first >= last or next(self.marks.runs(first, last), None) is None:
             return None
         return self.sweep_blocks(first, last)
@@ -134,10 +134,6 @@ class Dirty:
         """The peer may not have it: all stays dirty."""
         del self._sweeps[sweep]
 
-    @property
-    def _blocks(self) -> int:
-        return -(-self.length // BLOCK)
-
     def _only_dirty(self, block: int) -> bool:
         """Whether the block is dirty and not swept."""
         return self.marks.test(block) and not any(
@@ -145,4 +141,4 @@ class Dirty:
         )
 
     def _touched(self, offset: int, length: int) -> tuple[int, int]:
-        return offset // BLOCK, -(-(offset + length) // BLOCK)
+        return offset // BLOCK, blocks_of(offset + length)

@@ -19,7 +19,7 @@ from tcmu_replication.block.pending import Pending, attempt, gather
 from tcmu_replication.block.resyncing import Resyncing
 from tcmu_replication.errors import Error, Kind
 from tcmu_replication.jobs.pace import Clock
-from tcmu_replication.units import BLOCK, MiB
+from tcmu_replication.units import BLOCK, MiB, blocks_of
 
 UNDER_WAY = 8 * MiB
 """Bytes that the peer has not answered to yet, about: what the memory holds of them."""
@@ -159,7 +159,7 @@ class Sender:
     def _read(self, piece: Piece) -> None:
         """The claim is granted: read what is dirty now."""
         first = piece.offset // BLOCK
-        last = first - (-piece.length // BLOCK)
+        last = first + blocks_of(piece.length)
         piece.sweep = self._dirty.sweep_blocks(first, last)
         if self._stopped:
             self._not_sent(piece, Error(Kind.CANCELLED))

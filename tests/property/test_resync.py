@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tcmu_replication.block.dirty import Dirty
-from tcmu_replication.block.gate import Gate
+from tcmu_replication.block.gate import Gate, Hold
 from tcmu_replication.block.mirror import Failure, Mirror
 from tcmu_replication.block.pending import Pending, attempt
 from tcmu_replication.block.resyncing import Resyncing
@@ -90,6 +90,7 @@ class ResyncMachine(RuleBasedStateMachine):
         self.filter = Resyncing("replication", self.peer, self.missed, self.dirty)
         self.mirror.attach(self.filter, self.peer)
         self.gate = Gate(self.mirror)
+        self.hold: Hold | None = None
         self.writes: list[tuple[range, Pending]] = []
         self.job: Resync | None = None
         self.task: asyncio.Task[None] | None = None
@@ -140,10 +141,9 @@ class ResyncMachine(RuleBasedStateMachine):
 
     @rule(held=st.booleans())
     def requests_are_held_or_released(self, held: bool) -> None:
-        if held:
-            self.gate.hold()
-        else:
-            self.gate.release()
+        if self.hold is not None:
+            self.hold.release()
+        self.hold = self.gate.hold() if held else None
 
     # --- the disks
 
@@ -256,7 +256,7 @@ class ResyncMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         """Everything answers now: the resync ends, and the disks are equal."""
         self.disk.refuses = None
-        self.gate.release()
+        self.requests_are_held_or_released(False)
         self.heal()
         for _ in range(TURNS):
             if (self.task is None or self.task.done()) and not self.marks.dirty and not self.writes:

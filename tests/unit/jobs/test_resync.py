@@ -7,10 +7,13 @@ import contextlib
 import itertools
 from collections.abc import AsyncIterator
 from functools import partial
+from pathlib import Path
 
 import pytest
 
+from tcmu_replication.block.bitmap import Bitmap
 from tcmu_replication.block.dirty import Dirty
+from tcmu_replication.block.file import File
 from tcmu_replication.block.gate import Gate
 from tcmu_replication.block.mirror import Mirror
 from tcmu_replication.block.node import Extent
@@ -22,6 +25,7 @@ from tcmu_replication.jobs.sender import PIECES, UNDER_WAY
 from tcmu_replication.units import BLOCK, GiB, KiB, MiB
 from tests.support.dirty_marks import DirtyMarks
 from tests.support.slow_disk import LINK_LOST, SlowDisk
+from tests.unit.block.conftest import make_image
 
 TURNS = 1000
 FAST = 1 << 50
@@ -102,6 +106,34 @@ def test_everything_dirty_is_sent_and_the_job_concluded() -> None:
         assert site.job.offset == site.job.length == site.length
         assert site.job.left == 0
         assert site.peer.stable == bytes(site.peer.data), "what is clean was not flushed"
+
+    asyncio.run(story())
+
+
+def test_resync_between_files_with_the_map_on_disk(tmp_path: Path) -> None:
+    """What a host has: a sparse file, and a `Bitmap` that a later process opens again."""
+
+    async def story() -> None:
+        length = 24 * MiB
+        disk = File(make_image(tmp_path / "disk", length))
+        peer = File(make_image(tmp_path / "peer", length))
+        disk.write(5 * MiB - 700, [memoryview(b"d" * 2 * MiB)])
+        peer.write(20 * MiB, [memoryview(b"p" * 100)])
+        with contextlib.closing(Bitmap.create(tmp_path / "dirty.map", length)) as marks:
+            marks.mark(0, length // BLOCK)
+        with contextlib.closing(Bitmap(tmp_path / "dirty.map", length)) as marks:
+            dirty = Dirty(marks, length)
+            forward = Resyncing("replication", peer, lambda *_: True, dirty)
+            mirror = Mirror("mirror", disk, report=lambda _: None)
+            mirror.attach(forward, peer)
+            job = Resync("disk0", disk, Gate(mirror), forward)
+            await job.run()
+            assert marks.count == 0
+        assert job.sent <= 2 * MiB + BLOCK
+        assert job.sent + job.zeroed == length
+        disk.close()
+        peer.close()
+        assert (tmp_path / "disk").read_bytes() == (tmp_path / "peer").read_bytes()
 
     asyncio.run(story())
 
@@ -317,9 +349,9 @@ def test_checkpoint_need_not_wait_for_the_peer_to_take_what_is_resent() -> None:
         site.mark_all()
         async with site.running():
             await site.until(lambda: site.writes)
-            site.gate.hold()
+            hold = site.gate.hold()
             await site.until(lambda: site.gate.drained() is None)
-            site.gate.release()
+            hold.release()
 
     asyncio.run(story())
 
@@ -546,7 +578,7 @@ def test_whole_blocks_written_meanwhile_need_not_be_sent_again() -> None:
         site.gate.write(2 * MiB, [memoryview(b"n" * MiB)])
         await site.job.run()
         assert site.job.sent == site.length - MiB
-        assert site.job.offset == site.length - MiB, "the rest was clean before"
+        assert site.job.offset == site.job.length == site.length
         assert site.disk.data == site.peer.data
 
     asyncio.run(story())
