@@ -49,7 +49,7 @@ class AllocationMap:
     """The map of one overlay, open and locked. Blocks are numbered; ranges of them are half-open.
 
     `here` and `zero` count the blocks in these states. `slots` is what was in use when it was opened:
-    slots from there on are nobody's. `unflushed` are the marks that are not flushed yet.
+    slots from there on are nobody's. `unflushed` are the marks that are not flushed yet, `file` is where they lie.
     """
 
     def __init__(
@@ -63,14 +63,14 @@ class AllocationMap:
         self.here = 0
         self.zero = 0
         self.slots = 0
-        self._file = MapFile(path, length, offload, reserve)
-        self._entries, self._safe = self._file.entries, self._file.safe
-        self.unflushed = Unflushed(self._file, offload)
+        self.file = MapFile(path, length, offload, reserve)
+        self._entries, self._safe = self.file.entries, self.file.safe
+        self.unflushed = Unflushed(self.file, offload)
         try:
             self._count()
             if any(self.marked(blocks_of(length), len(self._entries))):
                 raise refused(path, "marks blocks beyond the end of the disk")
-            self._file.take_into_this_boot()
+            self.file.take_into_this_boot()
         except Error:
             self.close()
             raise
@@ -98,7 +98,7 @@ class AllocationMap:
             return b"".join(self.states(start, end) for start, end in by_page(first, last))
         if not self._safe[first // PER_PAGE]:
             return bytes(last - first)
-        return states_of(self._file.content(first, last))
+        return states_of(self.file.content(first, last))
 
     def any(self, first: int, last: int) -> bool:
         """Whether a block of the range is HERE or ZERO."""
@@ -146,7 +146,7 @@ class AllocationMap:
         """Make sure that marks in the range find space. Raises `Error` (NO_SPACE)."""
         if last - first == 1 and self._safe[first // PER_PAGE]:
             return
-        self._file.prepare(first, last)
+        self.file.prepare(first, last)
 
     def assign(self, first: int, last: int, entry: int) -> None:
         """The range is here; the first block's entry is `entry`, and the others lie in the slots behind its.
@@ -178,7 +178,7 @@ class AllocationMap:
         """Set the range's state, HERE without a place. Raises `Error` (NO_SPACE); never after `prepare`."""
         if state == ZERO and last - first == 1 and self._safe[first // PER_PAGE]:
             entry = self._entries[first]
-            self._file.write(first, _ENTRY.pack(entry | ZERO_FLAG))
+            self.file.write(first, _ENTRY.pack(entry | ZERO_FLAG))
             if entry < ZERO_FLAG:
                 self.zero += 1
                 self.here -= entry != 0
@@ -194,26 +194,26 @@ class AllocationMap:
             else:
                 entries = [NOWHERE if state == HERE else 0] * count
             before = self.states(start, end)
-            self._file.write(start, array("I", entries).tobytes())
+            self.file.write(start, array("I", entries).tobytes())
             self.here += (count if state == HERE else 0) - before.count(HERE)
             self.zero += (count if state == ZERO else 0) - before.count(ZERO)
 
     def touch(self, block: int) -> None:
         """Wait here, if at all, for a file system that hangs, and not in the `assign` that follows."""
-        self._file.touch(block)
+        self.file.touch(block)
 
     def flush(self) -> Pending | None:
         """As `Node.flush`: every mark made before the call. fdatasync covers stores through the mapping."""
-        return self._file.node.flush()
+        return self.file.node.flush()
 
     def tell_lost(self, told: Callable[[Error], None]) -> None:
         """Tell `told`, once, when a sync of the map has failed."""
-        self._file.node.on_lost = told
+        self.file.node.on_lost = told
 
     def close(self, *, empty: bool = False) -> None:
         """Unmap and unlock; `empty` the file first if it is about to be removed. Twice is fine."""
         self.unflushed.clear()
-        self._file.close(empty=empty)
+        self.file.close(empty=empty)
 
     def _uncount(self, first: int, last: int) -> None:
         """The range, in one page of the map, is about to get other states."""
@@ -223,7 +223,7 @@ class AllocationMap:
 
     def _count(self) -> None:
         """Find the marked pages, and count."""
-        for page, content in self._file.pages():
+        for page, content in self.file.pages():
             if UNFLUSHED.search(content[ENTRY - 1 :: ENTRY]):
                 content = self._take_up(page, content)
             states = states_of(content)
@@ -239,7 +239,7 @@ class AllocationMap:
         """A page with marks that were not flushed, as it is from now on: of this boot, or of another."""
         entries = memoryview(content).cast("I").tolist()
         found = [(at, entry) for at, entry in enumerate(entries) if NEW <= entry < ZERO_FLAG]
-        if self._file.of_this_boot:
+        if self.file.of_this_boot:
             for at, entry in found:
                 if not entry & NOWHERE:
                     raise refused(self.path, "marks blocks without a slot")
@@ -248,7 +248,7 @@ class AllocationMap:
         for at, entry in found:
             entries[at] = 0 if entry < OVER_ZERO else entry | ZERO_FLAG
         before = array("I", entries).tobytes()
-        self._file.rewrite(page, before)
+        self.file.rewrite(page, before)
         return before
 
 

@@ -53,6 +53,7 @@ from tcmu_replication.units import BLOCK, blocks_of, format_size, round_down, ro
 class Overlay(Node):
     """Writes stay here; reads find here what was written, and the rest below.
 
+    `data` is the node that holds what was written, `map` says what of it counts.
     `flush` and FUA cover what is here, not what lies below. `zero` and
     `discard` of whole blocks store a mark alone, that of parts of blocks writes
     zeroes or does nothing. A failed write leaves each block as it was or as it
@@ -84,20 +85,20 @@ class Overlay(Node):
         self.limit = limit
         self._make_space = make_space
         self._released = False
-        self._map = AllocationMap(overlay_files.map_path(self.path), self.length, offload, reserve)
-        self._unflushed = self._map.unflushed
+        self.map = AllocationMap(overlay_files.map_path(self.path), self.length, offload, reserve)
+        self._unflushed = self.map.unflushed
         try:
             self.data: Node = File(overlay_files.data_path(self.path), follow=False, offload=offload)
         except Error:
-            self._map.close()
+            self.map.close()
             raise
-        tail = self._map.slots
+        tail = self.map.slots
         self._slots = Slots(f"{name}: the overlay {self.path}", tail, reserve)
-        if self.data.length <= (tail - 1) * BLOCK or self._map.here > tail:
+        if self.data.length <= (tail - 1) * BLOCK or self.map.here > tail:
             self.release()
             raise Error(
                 Kind.BAD_CONFIG,
-                f"{self.path}.data has {self.data.length} bytes, its map names {self._map.here} blocks in "
+                f"{self.path}.data has {self.data.length} bytes, its map names {self.map.here} blocks in "
                 f"{tail} slots: they do not belong together; give another path, or remove the overlay",
             )
 
@@ -133,12 +134,12 @@ class Overlay(Node):
     @property
     def allocated_bytes(self) -> int:
         """Bytes of the blocks that are here, known zeroes included."""
-        return (self._map.here + self._map.zero) * BLOCK
+        return (self.map.here + self.map.zero) * BLOCK
 
     @property
     def stored_bytes(self) -> int:
         """Bytes of the blocks whose data is here: what `limit` limits."""
-        return self._map.here * BLOCK
+        return self.map.here * BLOCK
 
     @property
     def ejected(self) -> bool:
@@ -150,7 +151,7 @@ class Overlay(Node):
         length = len(buffers[0]) if len(buffers) == 1 else size(buffers)
         within = offset % BLOCK
         if within + length <= BLOCK:
-            entry = self._map.entry(offset // BLOCK)
+            entry = self.map.entry(offset // BLOCK)
             if not entry:
                 pending = self.child.read(offset, buffers)
                 return None if pending is None else self._read_anew(pending, offset, buffers)
@@ -158,7 +159,7 @@ class Overlay(Node):
                 return self.data.read(((entry & NOWHERE) - 1) * BLOCK + within, buffers)
             clear(buffers)
             return None
-        entries = self._map.entries(offset // BLOCK, (offset + length - 1) // BLOCK + 1)
+        entries = self.map.entries(offset // BLOCK, (offset + length - 1) // BLOCK + 1)
         slot = slot_of_all(entries)
         if slot is not None:
             return self.data.read(slot * BLOCK + within, buffers)
@@ -166,7 +167,7 @@ class Overlay(Node):
 
     def fetch(self, offset: int, length: int) -> memoryview:
         """See `Node.fetch`."""
-        entries = self._map.entries(offset // BLOCK, (offset + length - 1) // BLOCK + 1)
+        entries = self.map.entries(offset // BLOCK, (offset + length - 1) // BLOCK + 1)
         if not any(entries) or slot_of_all(entries) is not None:  # looked at in one go, not block by block
             return self._fetch_run(offset, length, entries[0])
         runs = self._runs(offset, length)
@@ -188,7 +189,7 @@ class Overlay(Node):
         first, last = offset // BLOCK, (end - 1) // BLOCK + 1
         try:
             if last - first == 1:
-                entry = self._map.entry(first)
+                entry = self.map.entry(first)
                 if 0 < entry < ZERO_FLAG:
                     self.data.write(((entry & NOWHERE) - 1 - first) * BLOCK + offset, buffers)
                 elif entry:
@@ -196,7 +197,7 @@ class Overlay(Node):
                 else:
                     self._write_new(first, last, offset, end, buffers)
             else:
-                entries = self._map.entries(first, last)
+                entries = self.map.entries(first, last)
                 if (slot := slot_of_all(entries)) is not None:
                     self.data.write((slot - first) * BLOCK + offset, buffers)
                 elif any(entries):
@@ -239,7 +240,7 @@ class Overlay(Node):
         """See `Node.extents`."""
         end = offset + length
         found: list[Extent] = []
-        for first, last, state in self._map.runs(offset // BLOCK, (end - 1) // BLOCK + 1):
+        for first, last, state in self.map.runs(offset // BLOCK, (end - 1) // BLOCK + 1):
             start = max(offset, first * BLOCK)
             run = min(end, last * BLOCK) - start
             if state == ABSENT:
@@ -251,7 +252,7 @@ class Overlay(Node):
     def tell_lost(self, told: Callable[[Error], None]) -> None:
         """Tell `told`, once, when a sync of the data or of the map has failed."""
         self.data.on_lost = told
-        self._map.tell_lost(told)
+        self.map.tell_lost(told)
 
     def close(self) -> None:
         """Close the files, then what lies below. Twice is fine."""
@@ -264,7 +265,7 @@ class Overlay(Node):
 
     def _release(self, *, for_good: bool = False) -> None:
         self._released = True
-        self._map.close(empty=for_good)
+        self.map.close(empty=for_good)
         self.data.close()
 
     def destroy(self) -> None:
@@ -288,12 +289,12 @@ class Overlay(Node):
     def allocated(self, offset: int, length: int) -> bool:
         """Whether any block that the range touches is here."""
         first, last = offset // BLOCK, (offset + length - 1) // BLOCK + 1
-        return self._map.state(first) != ABSENT if last - first == 1 else self._map.any(first, last)
+        return self.map.state(first) != ABSENT if last - first == 1 else self.map.any(first, last)
 
     def covers(self, offset: int, length: int) -> bool:
         """Whether every block that the range touches is here."""
         first, last = offset // BLOCK, (offset + length - 1) // BLOCK + 1
-        return self._map.state(first) != ABSENT if last - first == 1 else self._map.all(first, last)
+        return self.map.state(first) != ABSENT if last - first == 1 else self.map.all(first, last)
 
     def allocated_runs(self, offset: int = 0) -> Iterator[tuple[int, int, bool]]:
         """What is here from the block of `offset` on: (offset, length, known zero), in order.
@@ -301,7 +302,7 @@ class Overlay(Node):
         Runs are whole blocks, up to 4 MiB each. Marks that change meanwhile do
         not disturb it.
         """
-        for first, last, state in self._map.marked(offset // BLOCK, blocks_of(self.length)):
+        for first, last, state in self.map.marked(offset // BLOCK, blocks_of(self.length)):
             start = first * BLOCK
             yield start, min(last * BLOCK, self.length) - start, state == ZERO
 
@@ -309,7 +310,7 @@ class Overlay(Node):
         """The whole blocks, touched by the range, that are not here: (offset, length), up to 4 MiB each."""
         return [
             (first * BLOCK, min(last * BLOCK, self.length) - first * BLOCK)
-            for first, last, state in self._map.runs(offset // BLOCK, (offset + length - 1) // BLOCK + 1)
+            for first, last, state in self.map.runs(offset // BLOCK, (offset + length - 1) // BLOCK + 1)
             if state == ABSENT
         ]
 
@@ -329,13 +330,13 @@ class Overlay(Node):
         """Mark a range as here that was stored. `zero`: what `store` said."""
         first, last = offset // BLOCK, blocks_of(offset + length)
         if zero:
-            self._map.mark(first, last, ZERO)
+            self.map.mark(first, last, ZERO)
         else:
-            self._map.assign(first, last, 1 + self._slots.claim(offset, length))
+            self.map.assign(first, last, 1 + self._slots.claim(offset, length))
 
     def touch(self, offset: int) -> None:
         """Before several `mark`s, the first at `offset`: a file system that hangs is met here. Raises `Error`."""
-        self._map.touch(offset // BLOCK)
+        self.map.touch(offset // BLOCK)
 
     def abandon(self, offset: int, length: int) -> None:
         """Forget that a range was stored: it will not be marked."""
@@ -347,9 +348,9 @@ class Overlay(Node):
         slot = self._place(offset, data)
         first, last = offset // BLOCK, blocks_of(offset + len(data))
         if slot is None:
-            self._map.mark(first, last, ZERO)
+            self.map.mark(first, last, ZERO)
         else:
-            self._map.assign(first, last, 1 + slot)
+            self.map.assign(first, last, 1 + slot)
 
     def trim(self) -> None:
         """Give back what the data file occupies beyond the slots in use. Raises `Error`."""
@@ -362,7 +363,7 @@ class Overlay(Node):
 
         Their space stays until `destroy`, for a read may be under way in it.
         """
-        self._map.mark(offset // BLOCK, blocks_of(offset + length), ABSENT)
+        self.map.mark(offset // BLOCK, blocks_of(offset + length), ABSENT)
 
     def sync_data(self) -> Pending | None:
         """The data alone, as `flush`."""
@@ -370,11 +371,11 @@ class Overlay(Node):
 
     def sync_map(self) -> Pending | None:
         """The marks alone, as `flush`; the data that they name must be durable before."""
-        return self._map.flush()
+        return self.map.flush()
 
     def _runs(self, offset: int, length: int) -> list[Run]:
         """The range as runs that are read in one piece."""
-        return runs_of(offset, length, self._map.entries(offset // BLOCK, (offset + length - 1) // BLOCK + 1))
+        return runs_of(offset, length, self.map.entries(offset // BLOCK, (offset + length - 1) // BLOCK + 1))
 
     def _whole(self, offset: int, end: int, buffers: Buffers, first: int, last: int) -> tuple[int, Buffers]:
         """Where a write begins, and its buffers, once blocks that come here are whole.
@@ -401,14 +402,14 @@ class Overlay(Node):
             _, buffers = self._whole(offset, end, buffers, 0, 0)
         if self.limit is not None:
             self._check_limit(first, last - first)
-        self._map.prepare(first, last)
+        self.map.prepare(first, last)
         slot = self._slots.take(last - first)
         try:
             self.data.write(slot * BLOCK, buffers)
         except Error:
             self._slots.give_back(slot, last - first)
             raise
-        self._map.assign(first, last, NEW + 1 + slot)
+        self.map.assign(first, last, NEW + 1 + slot)
 
     def _write_mixed(self, offset: int, end: int, buffers: Buffers, entries: list[int]) -> None:
         """Write where some blocks have a slot and others need one."""
@@ -418,7 +419,7 @@ class Overlay(Node):
             offset, buffers = self._whole(offset, end, buffers, entries[0], entries[-1])
             end = max(end, offset + size(buffers))
             self._check_limit(first, fresh)
-            self._map.prepare(first, last)
+            self.map.prepare(first, last)
         new = sum(not entry & NOWHERE for entry in entries)
         taken = self._slots.take(new) if new else 0
         following = iter(range(taken, taken + new))
@@ -449,7 +450,7 @@ class Overlay(Node):
         ]
         for at, behind in adjacent(marks):
             if marks[at]:
-                self._map.assign(first + at, first + behind, marks[at])
+                self.map.assign(first + at, first + behind, marks[at])
 
     def _place(self, offset: int, data: memoryview) -> int | None:
         """Write whole blocks to new slots and say where; None if they are all zero. Their marks find space."""
@@ -457,10 +458,10 @@ class Overlay(Node):
         first, last = offset // BLOCK, blocks_of(offset + length)
         try:
             if not data[0] and not data[-1] and bytes(data) == bytes(length):
-                self._map.prepare(first, last)
+                self.map.prepare(first, last)
                 return None
             self._check_limit(first, last - first)
-            self._map.prepare(first, last)
+            self.map.prepare(first, last)
             slot = self._slots.take(last - first)
             try:
                 self.data.write(slot * BLOCK, [data])
@@ -516,7 +517,7 @@ class Overlay(Node):
 
     def _check_limit(self, first: int, fresh: int) -> None:
         """Raise NO_SPACE before anything is written, where `fresh` more stored blocks are too many."""
-        if self.limit is not None and (self._map.here + self._slots.unmarked + fresh) * BLOCK > self.limit:
+        if self.limit is not None and (self.map.here + self._slots.unmarked + fresh) * BLOCK > self.limit:
             raise Error(
                 Kind.NO_SPACE,
                 f"{self.name}: the overlay {self.path} has reached its limit of {format_size(self.limit)}",
@@ -529,21 +530,21 @@ class Overlay(Node):
         return blocks_of(offset), blocks_of(end) if end == self.length else end // BLOCK
 
     def _zero_part(self, offset: int, length: int) -> None:
-        if length > 0 and self._map.state(offset // BLOCK) != ZERO:
+        if length > 0 and self.map.state(offset // BLOCK) != ZERO:
             self.write(offset, zeroes(length), may_flush=False)  # nobody would wait for its end
 
     def _zero_blocks(self, first: int, last: int) -> None:
         try:
-            self._map.prepare(first, last)
+            self.map.prepare(first, last)
         except Error as error:
             if error.kind is not Kind.NO_SPACE or not self._make_space():
                 raise
-            self._map.prepare(first, last)
-        for start, end, state in self._map.runs(first, last):
+            self.map.prepare(first, last)
+        for start, end, state in self.map.runs(first, last):
             if state == ZERO:
                 continue
             runs = self._runs(start * BLOCK, (end - start) * BLOCK) if state == HERE else []
-            self._map.mark(start, end, ZERO)
+            self.map.mark(start, end, ZERO)
             for offset, length, entry in runs:
                 # The mark says it all; that the space could not be given back harms nobody's data.
                 with contextlib.suppress(Error):
@@ -559,6 +560,6 @@ def held_runs(
     the map is read page by page, as the iterator gets there.
     """
     behind = blocks_of(upper.length if end is None else end)
-    for first, last, state in allocation_map.merged(upper._map, lower._map, blocks_of(offset), behind):
+    for first, last, state in allocation_map.merged(upper.map, lower.map, blocks_of(offset), behind):
         start = first * BLOCK
         yield start, min(last * BLOCK, upper.length) - start, state == ZERO

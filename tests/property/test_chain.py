@@ -213,7 +213,7 @@ class Chain(RuleBasedStateMachine):
             self.offload = HeldOffload()
         # Not closed as a living process would: a File in use by a thread would stay locked.
         for overlay in (self.active, self.hidden):
-            for file in (overlay._map._file.node, overlay.data.child):
+            for file in (overlay.map.file.node, overlay.data.child):
                 file._in_threads = 0  # type: ignore[union-attr]
             overlay.release()
         self.open(Overlay)

@@ -84,9 +84,9 @@ class Host:
     def dies(self) -> None:
         """The process, and all that it had under way."""
         for file in (
-            self.active._map._file.node,
+            self.active.map.file.node,
             self.active.data,
-            self.hidden._map._file.node,
+            self.hidden.map.file.node,
             self.hidden.data,
             self.disk,
         ):

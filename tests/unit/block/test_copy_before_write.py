@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import random
 import shutil
@@ -29,7 +30,7 @@ OLD = bytes(n * 37 % 251 + 1 for n in range(LENGTH))
 
 
 class Pair:
-    """A disk with old content, its hidden overlay, and the filter."""
+    """A disk with old content, its hidden overlay, and the filter; `told` is what that says of failures."""
 
     def __init__(self, folder: Path, *, durable: bool = False, offload: HeldOffload | None = None) -> None:
         self.memory = Memory(LENGTH)
@@ -39,7 +40,8 @@ class Pair:
         self.hidden = Overlay.create("hidden", folder / "hidden", self.disk, offload=offload)
         self.data = self.hidden.data = Faults(self.hidden.data, name="hidden data")
         self.ledger = Ledger(self.hidden)
-        self.filter = CopyBeforeWrite(self.disk, self.hidden, durable)
+        self.told: list[Error] = []
+        self.filter = CopyBeforeWrite(self.disk, self.hidden, durable, failed=self.told.append)
 
     def write(self, offset: int, data: bytes) -> list[bool]:
         """Write; returns a list that is filled with the end: True for success."""
@@ -234,7 +236,7 @@ def test_cbw_durable_saved_blocks_pass_a_batch_that_does_not_touch_them(tmp_path
 def test_cbw_durable_failed_sync_fails_the_batch_and_leaves_disk_and_marks(
     durable: Pair, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    syncs = [durable.data, durable.hidden._map]
+    syncs = [durable.data, durable.hidden.map]
     fail = Error(Kind.IO, "sync fails on cue")
 
     def failing() -> None:
@@ -266,7 +268,12 @@ def test_cbw_durable_failed_batch_keeps_the_marks_of_the_one_before(
     offload.run_next()
     offload.run_next()
     assert first == [True]
-    pair.hidden._map._file.node._lost = Error(Kind.IO, "sync fails on cue")
+
+    def fdatasync(fd: int) -> None:
+        if os.readlink(f"/proc/self/fd/{fd}") == f"{pair.hidden.path}.map":
+            raise OSError(errno.EIO, "sync fails on cue")
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
     offload.run_all()
     assert second == [False]
     assert pair.memory.data == changed((0, b"1"))

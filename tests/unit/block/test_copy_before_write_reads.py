@@ -113,9 +113,7 @@ def test_cbw_durable_neighbours_that_waited_for_each_other_are_one_batch(tmp_pat
 
 @DURABLE
 def test_cbw_read_error_fails_the_write_that_needed_it_alone(tmp_path: Path, is_durable: bool) -> None:
-    told: list[Error] = []
     pair = Pair(tmp_path, durable=is_durable)
-    pair.filter._failed = told.append
     reads = pair.disk.delay("read")
     first, second, third = pair.write(0, b"11" * BLOCK), pair.write(BLOCK, b"2"), pair.write(10, b"3")
     assert len(reads.held) == 1
@@ -123,7 +121,7 @@ def test_cbw_read_error_fails_the_write_that_needed_it_alone(tmp_path: Path, is_
     release(reads)
     pair.filter.unplug()
     assert (first, second, third) == ([False], [], [])
-    assert [error.kind for error in told] == [Kind.IO]
+    assert [error.kind for error in pair.told] == [Kind.IO]
     assert len(reads.held) == 2, "those behind it read for themselves"
     assert pair.memory.data == OLD
     release(reads)

@@ -385,7 +385,7 @@ def test_overlay_zeroing_where_the_map_finds_no_space_asks_for_some(
         raise Error(Kind.NO_SPACE, "the filesystem is full")
 
     overlay = Overlay.create("active", tmp_path / "active", below, make_space=make_space)
-    monkeypatch.setattr(overlay._map._file.node, "write", full)
+    monkeypatch.setattr(overlay.map.file.node, "write", full)
     getattr(overlay, call)(BLOCK, 2 * BLOCK)
     assert content(overlay) == changed((BLOCK, bytes(2 * BLOCK)))
 

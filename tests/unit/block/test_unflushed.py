@@ -46,7 +46,7 @@ def write(overlay: Overlay, first: int, count: int = 1, byte: int = 0x22) -> Non
 
 
 def entries(overlay: Overlay, first: int = 0, count: int = 4) -> list[int]:
-    return overlay._map.entries(first, first + count)
+    return overlay.map.entries(first, first + count)
 
 
 def flushed(overlay: Overlay) -> None:
@@ -204,7 +204,7 @@ def test_flush_that_overtakes_one_that_fails_covers_that_ones_writes_too(overlay
 
 def test_flush_whose_map_sync_fails_fails(overlay: Overlay) -> None:
     write(overlay, 0)
-    overlay._map._file.node = faults = Faults(overlay._map._file.node)  # type: ignore[assignment]
+    overlay.map.file.node = faults = Faults(overlay.map.file.node)  # type: ignore[assignment]
     faults.fail("flush", count=1)
     with pytest.raises(Error):
         overlay.flush()
