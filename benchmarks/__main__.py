@@ -16,7 +16,7 @@ from pathlib import Path
 
 import click
 
-from benchmarks import images, limits, machine, picture, report, ring, scale, work
+from benchmarks import activity, images, limits, machine, picture, report, ring, scale, work
 from benchmarks.memory import Memory
 from benchmarks.rows import Sample
 from benchmarks.scale import Scale
@@ -34,10 +34,13 @@ def _every(scale: Scale) -> int:
 GROUPS: dict[str, tuple[Callable[[Turn], Iterable[Sample]], Callable[[Scale], int]]] = {
     **{name: (measure, _every) for name, measure in work.COMPARED.items()},
     **work.OURS,
+    "activity": (activity.measure, _every),
     "ring": (ring.measure, _every),
     "limits": (limits.measure, _every),
 }
 """What is measured, and in how many of the rounds."""
+ON_DISK = {"durable", "activity"}
+"""Groups that need a real file system."""
 
 
 @click.command()
@@ -57,11 +60,13 @@ def main(name: str, only: str | None, rounds: int | None, out: Path, disks: Path
     chosen = SCALES[name] if rounds is None else SCALES[name]._replace(rounds=rounds)
     facts = machine.facts() | {"scale": name} | chosen._asdict()
     groups = set(GROUPS) if only is None else set(only.split(","))
-    if "durable" in groups and space.in_memory(str(disks)):
+    if groups & ON_DISK and space.in_memory(str(disks)):
         click.echo(
-            f"no group durable: {disks} is in memory; name a directory with --disk-directory", err=True
+            f"no group {' or '.join(sorted(groups & ON_DISK))}: {disks} is in memory; name a directory with "
+            "--disk-directory",
+            err=True,
         )
-        groups.remove("durable")
+        groups -= ON_DISK
     samples = []
     for sample in run(chosen, groups, disks):
         samples.append(sample)

@@ -229,19 +229,20 @@ def _nothing(turn: Turn) -> dict[str, float]:
     port = free_port()
     unix, tcp = f"nbd+unix:///?socket={path}", f"nbd://127.0.0.1:{port}/"
     found = {}
-    with _nbdkit(f"size={scale.disk}", "-U", str(path), ready=partial(listens, path)):
+    with nbdkit(f"size={scale.disk}", "-U", str(path), ready=partial(listens, path)):
         found["lun-4k-write"] = loads.lean(unix, random, []).iops
         found["lun-4k-read"] = loads.lean(unix, random._replace(rw="randread"), []).iops
         found["lun-1m-write"] = loads.fio(unix, large, []).mib_s
         found["lun-1m-read"] = loads.fio(unix, large._replace(rw="read"), []).mib_s
-    with _nbdkit(f"size={scale.disk}", "-i", "127.0.0.1", "-p", str(port), ready=partial(_listens, port)):
+    with nbdkit(f"size={scale.disk}", "-i", "127.0.0.1", "-p", str(port), ready=partial(_listens, port)):
         found["forwarded-4k-saved"] = found["forwarded-4k-first"] = loads.lean(tcp, random, []).iops
         found["forwarded-1m-first"] = loads.fio(tcp, large, []).mib_s
     return found
 
 
 @contextmanager
-def _nbdkit(*arguments: str, ready: Callable[[], bool]) -> Iterator[None]:
+def nbdkit(*arguments: str, ready: Callable[[], bool]) -> Iterator[None]:
+    """A server that does nothing, for as long as the context lasts."""
     process = subprocess.Popen(["nbdkit", "--foreground", "null", *arguments])
     try:
         while not ready():

@@ -30,7 +30,10 @@ class Median(NamedTuple):
 
 
 class Line(NamedTuple):
-    """One row's outcome. `ratio` compares with QEMU, `of_limit` with the bare loop; above 1 ours is better."""
+    """One row's outcome. `ratio` compares with QEMU, or with another row of ours; `of_limit` with the bare loop.
+
+    Above 1 ours, or this row, is better.
+    """
 
     row: Row
     qemu: Median | None
@@ -53,10 +56,16 @@ def lines(samples: Iterable[Sample], scale: Scale = FULL) -> dict[str, Line]:
     by_row: dict[str, dict[str, list[Sample]]] = {}
     for sample in samples:
         by_row.setdefault(sample.row, {}).setdefault(sample.side, []).append(sample)
-    return {
+    found = {
         name: _line(row._replace(title=row.title.format(**sizes)), by_row[name])
         for name, row in ROWS.items()
         if name in by_row
+    }
+    return {
+        name: line._replace(ratio=_ratio(line.row, line.ours, found[line.row.beside].ours))
+        if line.row.beside in found
+        else line
+        for name, line in found.items()
     }
 
 
@@ -120,7 +129,7 @@ def cells(line: Line) -> tuple[str, ...]:
         row.title,
         row.unit,
         *(_value(side) for side in (qemu, ours)),
-        "" if line.ratio is None else f"{line.ratio:.1f}x",
+        "" if line.ratio is None else f"{line.ratio:.{1 if row.beside is None else 2}f}x",
         "" if row.target is None else f"{row.target:g}x",
         *("" if side is None or side.cpu_us is None else f"{side.cpu_us:.1f}" for side in (qemu, ours)),
         _value(limit),

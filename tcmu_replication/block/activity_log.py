@@ -87,7 +87,8 @@ class _Turn:
 
     def ended(self, write: Pending) -> None:
         self.under_way -= 1
-        self.failed = self.failed or write.error
+        if write.error is not None:
+            self.failed = write.error
 
 
 class _Update:
@@ -151,7 +152,7 @@ class ActivityLog(Node):
         self._streams: dict[int, int] = {}
         self._credit_s = BURST_S
         self._began_s = self._earned_s = self._turned_s = self._flushed_s = clock()
-        self._turn = self._before = _Turn()
+        self._turn, self._before = _Turn(), _Turn()
         self._ended = self._turn.ended
         self._turning = False
         self._failed: Error | None = None

@@ -21,5 +21,6 @@ TARGETS = (
     "manifest",
     "allocation_map",
     "bitmap",
+    "hot_extents",
     "resource_file",
 )

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from tcmu_replication.block import bitmap, map_format
+from tcmu_replication.block import bitmap, hot_extents, map_format
 from tcmu_replication.block.memory import Memory
 from tcmu_replication.block.remote_queue import Queue
 from tcmu_replication.control import schema
@@ -346,6 +346,20 @@ def own() -> None:
     keep("bitmap", "beyond-the-end", b"\2", b"\6\1" + bytes(13) + b"\1")
     keep("bitmap", "short", b"\0", b"\2\0" + b"\2" * 14)
     keep("bitmap", "other-header", b"\3", b"\0\0" + bitmap.header(1 << 20)[:14])
+    keep("hot_extents", "fresh", b"\x1f")
+    keep(
+        "hot_extents",
+        "marks",
+        b"\x1f",
+        b"\x10\0" + b"\1" + bytes(12) + b"\x80",
+        b"\x12\3" + b"\xff" * 14,
+        b"\x14\0\7" + bytes(13),
+    )
+    keep("hot_extents", "torn", b"\x17", b"\x12\0" + b"\x55" * 14)
+    keep("hot_extents", "beyond-the-end", b"\x1f", b"\x14\x0b" + b"\xff" * 14)
+    keep("hot_extents", "other-disk", b"\x1f", b"\0\x10" + bytes(5) + b"\1" + bytes(8))
+    keep("hot_extents", "newer", b"\x1f", b"\0\0" + hot_extents.MAGIC + b"\2" + bytes(3) + b"\0\0")
+    keep("hot_extents", "damaged-header", b"\x1e", b"\0\0" + b"x" * 14)
     client, server = secret_proof.rest_of("client"), secret_proof.rest_of("server")
     keep("secret_proof", "client", b"\0\0", client)
     keep("secret_proof", "server", b"\1\0", server)

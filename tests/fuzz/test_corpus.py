@@ -51,7 +51,7 @@ def test_input_of_the_corpus(target: str, path: Path) -> None:
         check_of(target)(path.read_bytes())
 
 
-@pytest.mark.parametrize("target", ["allocation_map", "bitmap"])
+@pytest.mark.parametrize("target", ["allocation_map", "bitmap", "hot_extents"])
 def test_maps_of_the_corpus_are_opened_and_not_only_refused(target: str) -> None:
     """One target gave a path that no map is opened at, and so looked at nothing."""
     opens = importlib.import_module(f"tests.fuzz.{target}").opens

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.interop
 
 @requires("fio", "qemu-system-x86_64", "qemu-img")
 def test_benchmarks_of_little_work(tmp_path):
-    groups = "forwarded,failover,pause-by-changes,durable,start,ring,limits"
+    groups = "forwarded,failover,pause-by-changes,durable,activity,start,ring,limits"
     arguments = ["--scale", "tiny", "--only", groups, "--out", str(tmp_path)]
     result = CliRunner().invoke(main, arguments, catch_exceptions=False)
     assert result.exit_code == 0
@@ -26,6 +26,10 @@ def test_benchmarks_of_little_work(tmp_path):
     assert found["rows"]["commit"]["qemu"]["count"] == found["rows"]["commit"]["ours"]["count"] == 1
     assert {name for name in ROWS if name.startswith(("start", "memory", "ring"))} <= found["rows"].keys()
     assert found["rows"]["pause-small"]["others"]["ours, no checkpoint"]["count"] == work.PAUSES
+    rows = found["rows"]
+    assert rows["activity-on"]["ratio"] == (
+        rows["activity-on"]["ours"]["value"] / rows["activity-off"]["ours"]["value"]
+    )
     assert found["same_pause"]["same"] in (True, False)
     ways = {name: way["value"] for name, way in found["rows"]["commit"]["others"].items()}
     assert found["rows"]["commit"]["limit"]["value"] == max(ways.values())
@@ -54,7 +58,18 @@ def test_pauses_are_the_same_if_their_medians_lie_within_the_quartiles(many, sam
     assert report.same_pause(report.lines(samples[:3])) is None
 
 
-def test_durable_is_left_out_where_all_is_in_memory(tmp_path):
+def test_row_beside_another_has_that_ones_ratio_and_is_not_in_the_picture(tmp_path):
+    samples = [Sample("activity-off", "ours", 100.0), Sample("activity-on", "ours", 89.0)]
+    found = report.lines(samples)
+    assert (found["activity-on"].ratio, found["activity-on"].reached) == (0.89, False)
+    assert found["activity-off"].ratio is None
+    assert "0.89x" in report.markdown(found)
+    assert report.lines(samples[1:])["activity-on"].ratio is None
+    picture.draw(tmp_path / "picture.svg", found, "a machine")
+    assert "0.9" not in (tmp_path / "picture.svg").read_text()
+
+
+def test_rows_of_a_disk_are_left_out_where_all_is_in_memory(tmp_path):
     arguments = [
         "--scale",
         "tiny",

@@ -393,6 +393,18 @@ def test_nothing_leaves_before_its_write_has_ended(chain):
     assert chain.hot() == []
 
 
+def test_extents_leave_though_there_is_always_a_write_under_way(chain):
+    chain.heat(1)
+    chain.heat(5)
+    chain.below.later = True
+    for _ in range(4):
+        chain.write(5)
+        if len(chain.below.waiting) > 1:
+            chain.below.waiting.pop(0).complete()
+        chain.turn()
+    assert chain.hot() == [5]
+
+
 def test_write_that_ends_during_a_flush_is_not_covered_by_it(chain):
     chain.heat(1)
     chain.below.later = True

@@ -10,7 +10,8 @@ import msgspec
 import pytest
 from msgspec import inspect
 
-from tcmu_replication.block import bitmap, boot, in_flight, map_format
+from tcmu_replication.block import bitmap, boot, hot_extents, in_flight, map_format
+from tcmu_replication.block.hot_extents import HotExtents
 from tcmu_replication.block.in_flight import InFlight
 from tcmu_replication.block.memory import Memory
 from tcmu_replication.control import lock
@@ -57,6 +58,7 @@ def test_every_file_that_is_written_has_a_row_and_every_row_a_file(tmp_path: Pat
     epochs = Epochs(tmp_path, Memory(LENGTH))
     first, second = epochs.create(1), epochs.create(12)
     epochs.retire(first)()
+    HotExtents(tmp_path / "activity-log", LENGTH).close()
     run = tmp_path / "run"
     InFlight(run / "disk0.in-flight", LENGTH).close()
     socket = places.socket_path(run, "disk0")
@@ -64,7 +66,7 @@ def test_every_file_that_is_written_has_a_row_and_every_row_a_file(tmp_path: Pat
     made |= {path.name.replace("disk0", "NAME") for path in run.iterdir()}
     made |= {socket.name.replace("disk0", "NAME"), lock.lock_path(socket).name.replace("disk0", "NAME")}
     second.destroy()
-    temporary = {f"{manifests.NAME}.new", "out-of-sync.map.new"}
+    temporary = {f"{manifests.NAME}.new", "out-of-sync.map.new", "activity-log.new"}
     assert set(names()) == made | temporary | {manifests.NAME_OF_FORMAT_1, f"{places.MANAGER}.notify"}
     assert len(names()) == len(set(names()))
 
@@ -86,6 +88,14 @@ LAYOUTS = {
         bitmap.MAGIC,
         bitmap.FORMAT,
         bitmap.header(LENGTH),
+    ),
+    "`activity-log`": (
+        hot_extents.HEADER,
+        hot_extents.CHECKSUM,
+        [(hot_extents.PAGE, f"{hot_extents.SECTOR} for each {hot_extents.PER_SECTOR} extents")],
+        hot_extents.MAGIC,
+        hot_extents.VERSION,
+        b"",
     ),
     "`NAME.in-flight`": (
         in_flight.HEADER,
@@ -127,6 +137,8 @@ def test_offsets_and_sizes_are_those_of_the_structs(title: str) -> None:
     assert not head or len(head) == header.size + checksum.size
     if "bytes per block" in table[2][2]:
         assert table[2][2].endswith(str(BLOCK))
+    if "bytes per extent" in table[2][2]:
+        assert table[2][2].endswith(str(hot_extents.EXTENT))
     assert boot.LENGTH in [size for _, size in expected] or "boot" not in str(table)
 
 
