@@ -95,12 +95,13 @@ class Secondary:
                     sock.sendall(NEGOTIATED)
                     continue
                 request = json.loads(line)
-                answer = self._answer(request["execute"], request["arguments"], request["id"])
+                answer = self.answer(request["execute"], request["arguments"], request["id"])
                 if b'"error":{' in answer:
                     self.refused.append(answer)
                 sock.sendall(answer)
 
-    def _answer(self, command: str, arguments: dict[str, Any], id: int) -> bytes:
+    def answer(self, command: str, arguments: dict[str, Any], id: int) -> bytes:
+        """What that version answers, as it is sent."""
         self.asked.append((command, arguments))
         if command not in TAKES:
             return NOT_FOUND % (command.encode(), id)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -135,6 +136,62 @@ def test_hosts_of_one_version_show_each_others(tmp_path: Path) -> None:
                 "refusal": None,
             }
             assert f"{peer}, version {__version__}, protocol 2" in worker.cli("status", "disk0").stdout
+
+
+class Later(protocol_2.Secondary):
+    """One of a version that speaks protocols 7 to 9 alone."""
+
+    def answer(self, command: str, arguments: dict[str, Any], id: int) -> bytes:
+        if command != "peer-greet":
+            return super().answer(command, arguments, id)
+        self.asked.append((command, arguments))
+        return b'{"return":{"lowest":7,"highest":9,"version":"7.8.9"},"id":%d}\r\n' % id
+
+
+NONE_IN_COMMON = (
+    f"the hosts have no protocol in common: {{me}} (version {__version__}) speaks protocol 2, {{peer}} (version 7.8.9) "
+    "speaks protocols 7 to 9; upgrade tcmu-replication on {me}"
+)
+
+
+def test_secondary_of_a_version_without_a_common_protocol_is_refused_and_gets_nothing(tmp_path: Path) -> None:
+    pair = Pair(tmp_path, size=SIZE, link=LINK)
+    alpha, image = pair.alpha, pair.beta.disk
+    with Later("127.0.0.2", pair.control_port, SIZE) as later, exported(image, pair.port):
+        alpha.start()
+        try:
+            refused = alpha.cli("start", "disk0", check=False)
+            assert refused.returncode != 0
+            said = NONE_IN_COMMON.format(me="alpha", peer="beta")
+            assert said in " ".join(refused.stderr.split())
+            assert alpha.status()["peer-software"] == {"protocol": None, "version": "7.8.9", "refusal": said}
+            assert said in " ".join(alpha.cli("status", "disk0", check=False).stdout.split())
+            assert {command for command, _ in later.asked} == {"peer-greet"}
+            assert image.read_bytes() == bytes(SIZE)
+        finally:
+            alpha.stop()
+
+
+def test_primary_of_a_version_without_a_common_protocol_is_refused_and_changes_nothing(
+    tmp_path: Path,
+) -> None:
+    pair = Pair(tmp_path, size=SIZE, link=LINK)
+    beta = pair.beta
+    beta.start()
+    try:
+        beta.cli("start", "disk0")
+        before = (beta.overlays / "manifest").read_bytes()
+        with protocol_2.Primary("127.0.0.1", "127.0.0.2", pair.control_port) as later:
+            mine = '{"lowest":7,"highest":9,"version":"7.8.9"}'
+            theirs = json.loads(later.ask("peer-greet", mine))["return"]
+            assert theirs == {"lowest": 2, "highest": 2, "version": __version__}
+            said = NONE_IN_COMMON.format(me="beta", peer="alpha")
+            hello = later.ask("peer-hello", '{"resource":"disk0","protocol":7}')
+            assert json.loads(hello)["error"]["desc"] == said
+            assert beta.status()["peer-software"] == {"protocol": None, "version": "7.8.9", "refusal": said}
+        assert (beta.overlays / "manifest").read_bytes() == before
+    finally:
+        beta.stop()
 
 
 def as_the_version_before(overlays: Path, **changes: object) -> None:
