@@ -152,13 +152,16 @@ class ControlPeer:
             if error.kind is not Kind.UNSUPPORTED:
                 raise
             return self._counterpart.meet(None).require()
-        try:
-            theirs = msgspec.convert(answer, Greeting)
-        except msgspec.ValidationError as error:
-            raise Error(
-                Kind.PEER_LIED, f"the secondary's answer is no greeting: {one_line(str(error))}"
-            ) from error
-        return self._counterpart.meet(theirs).require()
+        return self._counterpart.meet(greeting_of(answer)).require()
+
+
+def greeting_of(answer: Any) -> Greeting:
+    """The secondary's greeting, of an answer that came over the network. Raises `Error(PEER_LIED)` if it is none."""
+    try:
+        return msgspec.convert(answer, Greeting)
+    except msgspec.ValidationError as error:
+        what = one_line(str(error))
+        raise Error(Kind.PEER_LIED, f"the secondary's answer is no greeting: {what}") from error
 
 
 def state_of(answer: Any) -> PeerState:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 
 from tcmu_replication.control.connection import Connection
+from tcmu_replication.control.protocol import SPOKEN, Host, Range, agree
 from tcmu_replication.errors import Error, Kind
 from tcmu_replication.replication import peer
 from tests.fuzz.script import Script, pieces, told
@@ -17,6 +18,7 @@ from tests.fuzz.wire import Loop, Wire, running
 WORDS = (
     b'{"QMP":{}}',
     b'{"id":1,"return":{"stage":"running","epoch":7,"generation":"3f2a","length":4096,"error":"no"}}',
+    b'{"id":1,"return":{"lowest":2,"highest":3,"version":"0.2.0"}}',
     *(b'{"id":%d,"return":{}}' % number for number in (1, 2, 3)),
     b'{"id":1,"error":{"class":"GenericError","desc":"no"}}',
     b'{"event":"REPLICATION_STAGE","data":{}}',
@@ -43,7 +45,7 @@ class _Transport(asyncio.Transport):
 
 
 def check(data: bytes) -> None:
-    """A command gets its answer, an error or the end of the connection; an answer is a peer's state or a lie."""
+    """A command gets its answer, an error or the end of the connection; an answer is what it should be or a lie."""
     script = Script(data)
     step = script.number()
     with running(Loop()) as loop:
@@ -74,8 +76,28 @@ def _outcome(command: asyncio.Task[object]) -> None:
         assert isinstance(error, Error), repr(error)
         told(error, *Kind)
         return
+    _greeting(command.result())
+    _state(command.result())
+
+
+def _greeting(answer: object) -> None:
     try:
-        state = peer.state_of(command.result())
+        found = peer.greeting_of(answer)
+    except Error as lie:
+        told(lie, Kind.PEER_LIED)
+        return
+    theirs = Host("beta", Range(found.lowest, found.highest), found.version)
+    terms = agree(Host("alpha", SPOKEN, "0.1.0"), theirs)
+    assert (terms.refusal == "") == (terms.protocol is not None)
+    assert terms.refusal.isprintable()
+    if terms.protocol is not None:
+        assert found.lowest <= terms.protocol <= found.highest
+        assert SPOKEN.lowest <= terms.protocol <= SPOKEN.highest
+
+
+def _state(answer: object) -> None:
+    try:
+        state = peer.state_of(answer)
     except Error as lie:
         told(lie, Kind.PEER_LIED)
         return
