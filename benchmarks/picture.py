@@ -16,8 +16,8 @@ REACHED, MISSED, INK, PALE = "#2a6f97", "#c8553d", "#222", "#ddd"
 
 
 def draw(path: Path, found: dict[str, Line], subtitle: str) -> None:
-    """Write the SVG. Rows without a ratio are left out."""
-    lines = [line for line in found.values() if line.ratio is not None and line.row.beside is None]
+    """Write the SVG. Rows that are not compared with QEMU are left out."""
+    lines = [line for line in found.values() if line.ratio is not None and line.row.with_qemu]
     highest = max([10.0, *(line.ratio or 1 for line in lines), *(line.row.target or 1 for line in lines)])
     bottom = TOP + STEP * len(lines)
 

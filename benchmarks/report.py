@@ -30,7 +30,7 @@ class Median(NamedTuple):
 
 
 class Line(NamedTuple):
-    """One row's outcome. `ratio` compares with QEMU, or with another row of ours; `of_limit` with the bare loop.
+    """One row's outcome. `ratio` compares with QEMU, or what the row names instead, `of_limit` with the bare loop.
 
     Above 1 ours, or this row, is better.
     """
@@ -71,8 +71,9 @@ def lines(samples: Iterable[Sample], scale: Scale = FULL) -> dict[str, Line]:
 
 def _line(row: Row, sides: dict[str, list[Sample]]) -> Line:
     medians = {side: _median(samples) for side, samples in sides.items()}
-    qemu, ours, limit = (medians.pop(side, None) for side in ("QEMU", "ours", "limit"))
-    return Line(row, qemu, ours, limit, _ratio(row, ours, qemu), _ratio(row, ours, limit), medians)
+    ratios = [_ratio(row, medians.get("ours"), medians.get(side)) for side in (row.against, "limit")]
+    ours, limit = medians.pop("ours", None), medians.pop("limit", None)
+    return Line(row, medians.pop(row.against, None), ours, limit, *ratios, medians)
 
 
 def _median(samples: Sequence[Sample]) -> Median:
@@ -130,7 +131,7 @@ def cells(line: Line) -> tuple[str, ...]:
         row.unit,
         *(_value(side) for side in (qemu, ours)),
         "" if line.ratio is None else f"{line.ratio:.{1 if row.beside is None else 2}f}x",
-        "" if row.target is None else f"{row.target:g}x",
+        "" if row.target is None else f"{row.target:.2g}x",
         *("" if side is None or side.cpu_us is None else f"{side.cpu_us:.1f}" for side in (qemu, ours)),
         _value(limit),
         "" if line.of_limit is None else f"{100 * line.of_limit:.0f} %",

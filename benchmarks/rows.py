@@ -9,7 +9,7 @@ class Row(NamedTuple):
     """One line of the table.
 
     `title` may name the lengths of the `Scale`. `better` says how a ratio is
-    formed: "more" is ours/QEMU, "less" is QEMU/ours.
+    formed: "more" is ours/QEMU, "less" is QEMU/ours; QEMU stands for the side `against`.
     `target` is the least ratio, None where there is nothing to compare with or nothing was asked.
     `beside` names another row of ours to compare with, instead of QEMU.
     """
@@ -19,7 +19,16 @@ class Row(NamedTuple):
     better: str = "more"
     target: float | None = None
     beside: str | None = None
+    against: str = "QEMU"
 
+    @property
+    def with_qemu(self) -> bool:
+        """Whether it is compared with QEMU."""
+        return self.beside is None and self.against == "QEMU"
+
+
+_SENT = 1 / 1.1
+"""For each byte that differs at most 1.1 are sent."""
 
 ROWS: dict[str, Row] = {
     "forwarded-4k-first": Row("forwarded 4 KiB random writes, first touch", "IOPS", target=4),
@@ -47,12 +56,23 @@ ROWS: dict[str, Row] = {
     "start-large": Row("worker start with a 16 TiB sparse disk", "ms", "less"),
     "memory-small": Row("its memory with a 1 GiB disk", "MiB", "less"),
     "memory-large": Row("its memory with a 16 TiB sparse disk", "MiB", "less"),
+    "resync-dense": Row(
+        "resync of {sequential}, all dirty (in QEMU's place: nbdcopy)", "MiB/s", target=0.8, against="nbdcopy"
+    ),
+    "resync-checkerboard": Row("resync, every other 4 KiB block dirty", "MiB/s", target=2),
+    "resync-sent-dense": Row(
+        "bytes sent / bytes that differ, all dirty", "", "less", target=_SENT, against="limit"
+    ),
+    "resync-sent-checkerboard": Row(
+        "the same, every other 4 KiB block", "", "less", target=_SENT, against="limit"
+    ),
+    "resync-sent-random": Row("the same, random 1 %", "", "less", target=_SENT, against="limit"),
     "ring-4k-write": Row("ring, 4 KiB writes", "commands/s"),
     "ring-4k-read": Row("ring, 4 KiB reads", "commands/s"),
     "ring-256k-write": Row("ring, 256 KiB writes", "commands/s"),
     "ring-256k-read": Row("ring, 256 KiB reads", "commands/s"),
 }
-"""By the name that the JSON and `--only` use. QEMU has no counterpart of the last fourteen."""
+"""By the name that the JSON and `--only` use. QEMU has no counterpart of those without a ratio to it."""
 
 
 class Sample(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 
-from benchmarks import images, limits, loads, machine, pauses, sides
+from benchmarks import images, limits, loads, machine, pauses, resync, sides
 from benchmarks.loads import Figures, Load
 from benchmarks.rows import Sample
 from benchmarks.scale import Scale
@@ -189,6 +189,7 @@ Group = Callable[[Turn], Iterator[Sample]]
 
 COMPARED: dict[str, Group] = {
     "forwarded": forwarded, "lun": lun, "pause": pause, "failover": failover, "primary": primary,
+    "resync": resync.measure,
 }  # fmt: skip
 """Groups that both sides run, alternating."""
 

@@ -166,12 +166,17 @@ class Bitmap:
         """
         assert longest is None or longest > 0
         last = self._blocks if last is None else min(last, self._blocks)
-        while first < last and not self._bits.closed:
-            start = self._find(first, last, dirty=True)
-            if start == last:
+        bits, touched = self._bits, self._touched
+        while first < last and not bits.closed:
+            # Where dirty and clean blocks alternate the next one is in the same byte, mostly: no call for that.
+            here = bits[PAGE + first // 8] >> first % 8 if touched[first // PER_PAGE] else 0
+            start = first + _FIRST[here] if here else self._find(first, last, dirty=True)
+            if start >= last:
                 return
             stop = last if longest is None else min(last, start + longest)
-            first = self._find(start + 1, stop, dirty=False)
+            here = (bits[PAGE + start // 8] ^ 0xFF) >> start % 8
+            end = start + _FIRST[here] if here else self._find(start + 1, stop, dirty=False)
+            first = min(end, stop)
             yield start, first
 
     def flush(self) -> None:

@@ -14,15 +14,18 @@ to that disk, and the block would be sent without it, behind it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 from tcmu_replication.block.buffers import part, size
 from tcmu_replication.block.dirty import Dirty, Sweep
 from tcmu_replication.block.node import Buffers, Node
-from tcmu_replication.block.pending import Pending
+from tcmu_replication.block.pending import Pending, gather
 from tcmu_replication.block.replication import Forward
 from tcmu_replication.errors import Error
+
+Part = tuple[int, int, memoryview | None]
+"""Offset, length and bytes of what is sent again; zeroes without any."""
 
 Watcher = Callable[[], Callable[[Pending], None]]
 """Called when a write begins; what it returns is called when that has ended."""
@@ -87,13 +90,19 @@ class Resyncing(Forward):
 
     # A discard makes nothing clean: it promises no content. (The mirror makes zeroes of discards.)
 
-    def resend(self, offset: int, data: memoryview | int) -> Pending | None:
-        """Send what the local disk has: bytes, or so many zeroes. Whoever calls has begun the sweep. Raises `Error`."""
+    def resend(self, parts: Iterable[Part]) -> Pending | None:
+        """Send what the local disk has there. Whoever calls has begun the sweep; ends when all has. Raises `Error`."""
         if self._gap is not None:
             raise self._gap
-        if isinstance(data, int):
-            return self.child.zero(offset, data)
-        return self.child.write(offset, [data])
+        write = self.child.write
+        sending: list[Pending | None] = []
+        error = None
+        try:
+            for offset, length, data in parts:
+                sending.append(self.child.zero(offset, length) if data is None else write(offset, (data,)))
+        except Error as met:
+            error = met
+        return gather(sending, error)
 
     def flush_resent(self) -> Pending | None:
         """A flush whose failure is told, other than that of `flush`: a sweep has arrived when it is durable there."""

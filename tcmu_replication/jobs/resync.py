@@ -179,12 +179,13 @@ class Resync(Job):
 
     async def _pass(self) -> None:
         """Send what is dirty from the disk's beginning to its end."""
-        sender, pace = self._sender, self._pace
+        sender = self._sender
         await self._may_go()
         at = turn = turn_bytes = 0
-        while sender.lost is None and (found := self._next(at)) is not None:
-            first, at, dirty = found
-            sender.begin(first, at)
+        while sender.lost is None and (runs := self._next(at)):
+            first, at = runs[0][0], runs[-1][1]
+            dirty = sum(end - start for start, end in runs)
+            sender.begin(runs)
             pace = self._pace
             pace.sent(dirty * BLOCK)
             turn += 1
@@ -193,35 +194,34 @@ class Resync(Job):
                 await self._may_go()
                 turn = turn_bytes = 0
 
-    def _next(self, at: int) -> tuple[int, int, int] | None:
-        """The next dirty blocks from block `at` on, with small gaps: (first, last, how many). None: no more."""
-        if self._sender.zeroes and (zeroes := self._next_zeroes(at)) is not None:
+    def _next(self, at: int) -> list[tuple[int, int]]:
+        """The next runs of dirty blocks from block `at` on, with small gaps; none if there are no more."""
+        if self._sender.zeroes and (zeroes := self._next_zeroes(at)):
             return zeroes
         longest = self._pace.size // BLOCK
-        first = last = -1
-        dirty = 0
-        for start, end in self._dirty.marks.runs(at, longest=longest):
-            if first < 0:
-                first = start
-            elif start - last > GAP or end - first > longest:
+        runs: list[tuple[int, int]] = []
+        until = at
+        for run in self._dirty.marks.runs(at, longest=longest):
+            first, last = run
+            if not runs:
+                until = first + longest
+            elif first - runs[-1][1] > GAP or last > until:
                 break
-            last = end
-            dirty += end - start
-            if last - first == longest:
+            runs.append(run)
+            if last == until:
                 break
-        return None if first < 0 else (first, last, dirty)
+        return runs
 
-    def _next_zeroes(self, at: int) -> tuple[int, int, int] | None:
+    def _next_zeroes(self, at: int) -> list[tuple[int, int]]:
         """The same after a piece of zeroes: a run that may be longer, if it is all zero."""
-        first, last = next(self._dirty.marks.runs(at, longest=LONG // BLOCK), (0, 0))
-        if first == last:
-            return None
-        length = min(last * BLOCK, self._disk.length) - first * BLOCK
-        try:
-            zero = all(extent.zero for extent in self._disk.extents(first * BLOCK, length))
-        except Error:
-            return None  # whoever reads it meets that again
-        return (first, last, last - first) if zero else None
+        for first, last in self._dirty.marks.runs(at, longest=LONG // BLOCK):
+            length = min(last * BLOCK, self._disk.length) - first * BLOCK
+            try:
+                extents = self._disk.extents(first * BLOCK, length)
+            except Error:
+                break  # whoever reads it meets that again
+            return [(first, last)] if all(extent.zero for extent in extents) else []
+        return []
 
     # --- waiting
 

@@ -8,18 +8,18 @@ remembers that it was sent.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Literal
 
 from tcmu_replication.block.dirty import Sweep
 from tcmu_replication.block.gate import Claim, Gate
 from tcmu_replication.block.node import Node
-from tcmu_replication.block.pending import Pending, attempt, gather
-from tcmu_replication.block.resyncing import Resyncing
+from tcmu_replication.block.pending import Pending, attempt
+from tcmu_replication.block.resyncing import Part, Resyncing
 from tcmu_replication.errors import Error, Kind
-from tcmu_replication.jobs.pace import Clock
-from tcmu_replication.units import BLOCK, MiB, blocks_of
+from tcmu_replication.jobs.pace import LONGEST, Clock
+from tcmu_replication.units import BLOCK, KiB, MiB, blocks_of
 
 UNDER_WAY = 8 * MiB
 """Bytes that the peer has not answered to yet, about: what the memory holds of them."""
@@ -35,21 +35,29 @@ FLUSH_S = 1.0
 _LOST = frozenset((Kind.PEER_LOST, Kind.PEER_LIED, Kind.TIMED_OUT, Kind.CANCELLED, Kind.INVALID_STATE))
 """What a remote node says of a request without an answer. Whether there will be one again is the engine's to know."""
 
-_ZEROES = bytes(MiB)
+LOOK = 64 * KiB
+"""Zeroes are found in what was read where there are so many at a multiple of this. To ask the disk for each piece
+can take longer than to read it: tmpfs looks at all pages up to the next hole."""
+SPARE = 8
+"""Buffers that are kept for the next pieces, since new memory has to be made and cleared by the kernel."""
+SPARE_FROM = LONGEST // 4
+"""A piece that is longer takes one of them."""
+
+_ZEROES = bytes(LOOK)
 
 
 class Piece:
-    """Blocks that are claimed and read together; `parts` of them are sent: (offset, length, zero)."""
+    """A range that is claimed and read together. Its dirty `runs` are sent; without a `buffer` they are zero."""
 
-    __slots__ = ("claim", "data", "length", "offset", "parts", "sweep")
+    __slots__ = ("buffer", "claim", "length", "offset", "runs", "sweep")
 
     def __init__(self, offset: int, length: int, claim: Claim) -> None:
         self.offset = offset
         self.length = length
         self.claim = claim
         self.sweep: Sweep | None = None
-        self.parts: list[tuple[int, int, bool]] = []
-        self.data = memoryview(b"")
+        self.runs: list[tuple[int, int]] = []
+        self.buffer: bytearray | None = None
 
 
 class Sender:
@@ -81,6 +89,7 @@ class Sender:
         self._stopped = False
         self._bytes = 0
         self._claims: list[Claim] = []
+        self._spare: list[bytearray] = []
         self._arrived: list[Sweep] = []
         self._arrived_bytes = 0
         self._arrived_at = 0.0
@@ -101,14 +110,17 @@ class Sender:
         """Whether nothing is under way, and what has arrived was flushed."""
         return not (self.pieces or self._arrived or self._flushing)
 
-    def begin(self, first: int, last: int) -> None:
-        """Send what is dirty in these blocks, when the claim is granted."""
-        offset, length = self._range(first, last)
+    def begin(self, runs: Sequence[tuple[int, int]]) -> None:
+        """Send what is dirty from the first to the last of these runs of blocks, when the claim is granted.
+
+        The runs are what is dirty there now.
+        """
+        offset, length = self._range(runs[0][0], runs[-1][1])
         piece = Piece(offset, length, self._gate.claim(offset, length))
         self.pieces += 1
         self._bytes += length
         if piece.claim.granted is None:
-            self._read(piece)
+            self._read(piece, runs)
         else:
             piece.claim.granted.then(partial(self._read_later, piece))
 
@@ -153,10 +165,11 @@ class Sender:
     # --- claimed, read
 
     def _read_later(self, piece: Piece, _: Pending) -> None:
-        self._read(piece)
+        first = piece.offset // BLOCK
+        self._read(piece, list(self._dirty.marks.runs(first, first + blocks_of(piece.length))))
         self.hand_over()
 
-    def _read(self, piece: Piece) -> None:
+    def _read(self, piece: Piece, runs: Sequence[tuple[int, int]]) -> None:
         """The claim is granted: read what is dirty now."""
         first = piece.offset // BLOCK
         last = first + blocks_of(piece.length)
@@ -164,8 +177,8 @@ class Sender:
         if self._stopped:
             self._not_sent(piece, Error(Kind.CANCELLED))
             return
+        piece.runs = [self._range(*run) for run in runs]
         try:
-            piece.parts = self._parts(piece, first, last)
             reading = self._read_data(piece)
         except Error as error:
             self._not_read(piece, error)
@@ -176,31 +189,18 @@ class Sender:
             reading.then(partial(self._was_read, piece))
             self._disk.unplug()
 
-    def _parts(self, piece: Piece, first: int, last: int) -> list[tuple[int, int, bool]]:
-        """The dirty runs of a piece, split where zeroes begin and end."""
-        found: list[tuple[int, int, bool]] = []
-        extents = iter(self._disk.extents(piece.offset, piece.length))
-        until, zero = piece.offset, False
-        for run in self._dirty.marks.runs(first, last):
-            start, length = self._range(*run)
-            end = start + length
-            while start < end:
-                while until <= start:
-                    extent = next(extents)
-                    until, zero = until + extent.length, extent.zero
-                stop = min(end, until)
-                found.append((start, stop - start, zero))
-                start = stop
-        return found
-
     def _read_data(self, piece: Piece) -> Pending | None:
-        """Read from the first to the last byte that is not known to be zero."""
-        data = [(start, start + length) for start, length, zero in piece.parts if not zero]
-        if not data:
+        """Read from the first to the last dirty byte. Of a piece that is longer than any other the disk knows more."""
+        if not piece.runs:
             return None
-        start, end = data[0][0], data[-1][1]
-        piece.data = memoryview(bytearray(end - start))
-        return self._disk.read(start, [piece.data])
+        start, end = piece.runs[0][0], sum(piece.runs[-1])
+        if end - start > LONGEST and all(extent.zero for extent in self._disk.extents(start, end - start)):
+            return None
+        if SPARE_FROM <= end - start <= LONGEST:
+            piece.buffer = self._spare.pop() if self._spare else bytearray(LONGEST)
+        else:
+            piece.buffer = bytearray(end - start)
+        return self._disk.read(start, [memoryview(piece.buffer)[: end - start]])
 
     def _was_read(self, piece: Piece, reading: Pending) -> None:
         if reading.error is not None:
@@ -225,22 +225,12 @@ class Sender:
 
     def _send(self, piece: Piece) -> None:
         """Hand it on. The claim is released in the same step of the loop, with those of other pieces."""
-        self.zeroes = piece.parts != [] and all(zero for _, _, zero in piece.parts)
-        base = next((start for start, _, zero in piece.parts if not zero), 0)
-        sending: list[Pending | None] = []
-        error = None
-        try:
-            for start, length, zero in piece.parts:
-                data = piece.data[start - base : start - base + length]
-                if zero or _is_zero(data):
-                    sending.append(self._forward.resend(start, length))
-                    self.zeroed += length
-                else:
-                    sending.append(self._forward.resend(start, data))
-                    self.sent += length
-        except Error as met:
-            error = met
-        error, whole = attempt(gather, sending, error)
+        parts = _parts(piece)
+        data = sum([part[1] for part in parts if part[2] is not None])
+        self.sent += data
+        self.zeroed += sum([part[1] for part in parts]) - data
+        self.zeroes = not data
+        error, whole = attempt(self._forward.resend, parts)
         self._claims.append(piece.claim)
         if whole is None:
             self._arrives(piece, error)
@@ -252,6 +242,8 @@ class Sender:
         assert piece.sweep is not None
         self.pieces -= 1
         self._bytes -= piece.length
+        if piece.buffer is not None and len(piece.buffer) == LONGEST and len(self._spare) < SPARE:
+            self._spare.append(piece.buffer)
         if error is None and not self._stopped:
             self.probing = False
             if not self._arrived:
@@ -290,6 +282,33 @@ class Sender:
         """Blocks as (offset, length): the last one of the disk may be short."""
         offset = first * BLOCK
         return offset, min(last * BLOCK, self._disk.length) - offset
+
+
+def _parts(piece: Piece) -> list[Part]:
+    """What is sent of a piece. Zeroes are looked for in whole LOOKs."""
+    if piece.buffer is None:
+        return [(start, length, None) for start, length in piece.runs]
+    data = memoryview(piece.buffer)
+    base = piece.runs[0][0]
+    found: list[Part] = []
+    for start, length in piece.runs:
+        if length > LOOK:
+            found += _looked_at(start, data[start - base : start - base + length])
+        else:
+            part = data[start - base : start - base + length]
+            found.append((start, length, None if _is_zero(part) else part))
+    return found
+
+
+def _looked_at(start: int, data: memoryview) -> Iterator[Part]:
+    """A long run, split where zeroes begin and end."""
+    at, zero = 0, False
+    for here in range(0, len(data), LOOK):
+        if _is_zero(data[here : here + LOOK]) != zero:
+            if at < here:
+                yield start + at, here - at, None if zero else data[at:here]
+            at, zero = here, not zero
+    yield start + at, len(data) - at, None if zero else data[at:]
 
 
 def _is_zero(data: memoryview) -> bool:

@@ -15,15 +15,17 @@ from tests.support.tools import requires
 pytestmark = pytest.mark.interop
 
 
-@requires("fio", "qemu-system-x86_64", "qemu-img")
+@requires("fio", "qemu-system-x86_64", "qemu-img", "nbdkit", "nbdcopy")
 def test_benchmarks_of_little_work(tmp_path):
-    groups = "forwarded,failover,pause-by-changes,durable,activity,start,ring,limits"
+    groups = "forwarded,failover,resync,pause-by-changes,durable,activity,start,ring,limits"
     arguments = ["--scale", "tiny", "--only", groups, "--out", str(tmp_path)]
     result = CliRunner().invoke(main, arguments, catch_exceptions=False)
     assert result.exit_code == 0
     found = json.loads((tmp_path / "results.json").read_text())
     assert found["rows"]["forwarded-4k-first"]["ratio"] > 0
     assert found["rows"]["commit"]["qemu"]["count"] == found["rows"]["commit"]["ours"]["count"] == 1
+    assert found["rows"]["resync-dense"]["ratio"] > 0
+    assert {name for name in ROWS if name.startswith("resync-sent")} <= found["rows"].keys()
     assert {name for name in ROWS if name.startswith(("start", "memory", "ring"))} <= found["rows"].keys()
     assert found["rows"]["pause-small"]["others"]["ours, no checkpoint"]["count"] == work.PAUSES
     rows = found["rows"]
@@ -106,12 +108,24 @@ def test_images_serve_again_once_nobody_holds_them(tmp_path):
     assert len(list((tmp_path / images.STOCK).iterdir())) == 3
 
 
-def test_picture_leaves_out_what_has_no_ratio(tmp_path):
-    found = report.lines(
-        [Sample("commit", "ours", 300.0), Sample("pause", "QEMU", 2.0), Sample("pause", "ours", 1.0)]
-    )
+def test_row_may_be_compared_with_another_than_qemu():
+    samples = [
+        Sample("resync-dense", "nbdcopy", 100.0), Sample("resync-dense", "ours", 150.0),
+        Sample("resync-sent-dense", "limit", 1.0), Sample("resync-sent-dense", "ours", 1.25),
+    ]  # fmt: skip
+    found = report.lines(samples)
+    assert (found["resync-dense"].ratio, found["resync-dense"].reached) == (1.5, True)
+    assert (found["resync-sent-dense"].ratio, found["resync-sent-dense"].reached) == (0.8, False)
+    assert found["resync-sent-dense"].qemu is None
+
+
+def test_picture_leaves_out_what_is_not_compared_with_qemu(tmp_path):
+    samples = [Sample("commit", "ours", 300.0), Sample("pause", "QEMU", 2.0), Sample("pause", "ours", 1.0)]
+    samples += [Sample("resync-dense", "nbdcopy", 100.0), Sample("resync-dense", "ours", 150.0)]
+    found = report.lines(samples)
     picture.draw(tmp_path / "picture.svg", found, "a <machine>")
     drawn = (tmp_path / "picture.svg").read_text()
     assert "checkpoint pause" in drawn
     assert "commit" not in drawn
+    assert "resync" not in drawn
     assert "a &lt;machine&gt;" in drawn

@@ -99,7 +99,7 @@ def test_write_over_parts_of_two_dirty_blocks_sends_what_lies_between(site: Site
 def test_part_of_a_block_that_is_being_sent_follows_it(site: Site) -> None:
     site.dirty.mark(0, BLOCK)
     sweep = site.dirty.sweep_blocks(0, 1)
-    site.filter.resend(0, memoryview(b"r" * BLOCK))
+    site.filter.resend([(0, BLOCK, memoryview(b"r" * BLOCK))])
     site.filter.write(0, data(512, ord("w")))
     assert site.waiting == [(0, BLOCK), (0, 512)]
     site.peer.end(0)
@@ -112,7 +112,7 @@ def test_part_of_a_block_that_is_being_sent_follows_it(site: Site) -> None:
 def test_part_behind_a_block_that_failed_does_not_make_it_clean(site: Site) -> None:
     site.dirty.mark(0, 2 * BLOCK)
     sweep = site.dirty.sweep_blocks(0, 1)
-    site.filter.resend(0, memoryview(b"r" * BLOCK))
+    site.filter.resend([(0, BLOCK, memoryview(b"r" * BLOCK))])
     site.filter.write(512, data(2 * BLOCK - 512))  # the rest of it, and all of the next
     site.peer.end(0, EIO)
     site.dirty.failed(sweep)
@@ -167,7 +167,7 @@ def test_in_a_gap_nothing_is_forwarded_and_everything_marked(site: Site) -> None
     assert site.filter.write(0, data(BLOCK)) is None
     assert site.filter.zero(4 * BLOCK, 2 * BLOCK) is None
     with pytest.raises(Error):
-        site.filter.resend(0, memoryview(bytes(BLOCK)))
+        site.filter.resend([(0, BLOCK, None)])
     with pytest.raises(Error):
         site.filter.flush_resent()
     assert site.waiting == []
@@ -182,6 +182,19 @@ def test_write_is_forwarded_as_soon_as_the_gap_is_closed(site: Site) -> None:
     assert site.waiting == [(0, BLOCK)]
     site.peer.end(0)
     assert site.marks.dirty == set()
+
+
+def test_parts_that_are_sent_again_end_together_with_the_first_error(site: Site) -> None:
+    pending = site.filter.resend([(0, BLOCK, None), (2 * BLOCK, 5, memoryview(b"55555"))])
+    assert [(call.name, call.offset, call.length) for call in site.peer.waiting] == [
+        ("zero", 0, BLOCK),
+        ("write", 2 * BLOCK, 5),
+    ]
+    assert pending is not None
+    site.peer.end(0, EIO)
+    assert not pending.done
+    site.peer.end(0)
+    assert pending.error is EIO
 
 
 def test_flush_of_what_was_resent_tells_of_its_failure(site: Site) -> None:
