@@ -34,6 +34,8 @@ IDLE_S = 1.0
 """Without a write for so long nobody is disturbed."""
 LISTEN_S = 0.1
 """For so long, at most, the resync is silent to hear how long a write takes without it."""
+HEAR_S = 0.03
+"""And for so long at least: what was under way has ended then, and the average is worth something."""
 TRUSTED_S = 5.0
 """What was heard then is believed for so long."""
 DECIDE_S = 0.1
@@ -43,12 +45,12 @@ ENOUGH = 8
 STEP_S = 0.005
 """The pause before an adaptive pace is asked again."""
 
-SUFFERS = 1.5
+SUFFERS = 1.3
 """So many times as long as without resync is too long."""
-FINE = 1.2
+FINE = 1.1
 """And so many times is not."""
-WEIGHT = 1 / 8
-"""Of the newest write in an average."""
+PATIENCE = 2.0
+"""A write that has been under way for so many times as long holds the resync up."""
 
 
 class Fixed:
@@ -136,8 +138,9 @@ class Adaptive:
         """Whether to be silent, until enough was heard."""
         if self._listens_since is None:
             self._listens_since = now
-            self._without.count = 0
-        if self._without.count < ENOUGH and now - self._listens_since < LISTEN_S:
+            self._without.begin()
+        spent = now - self._listens_since
+        if spent < LISTEN_S and (spent < HEAR_S or self._without.count < ENOUGH):
             return True
         self._listens_since = None
         self._trusted_until = now + TRUSTED_S
@@ -147,10 +150,11 @@ class Adaptive:
         if now - self._decided_at < DECIDE_S or self._with.count < ENOUGH or self.rate is None:
             return
         self._decided_at = now
-        self._with.count = 0
-        if not self._without.value:
+        usual, found = self._without.value, self._with.value
+        self._with.begin()
+        if not usual:
             return
-        ratio = self._with.value / self._without.value
+        ratio = found / usual
         if ratio > SUFFERS:
             self.rate = max(FLOOR, self.rate / 2)
         elif ratio < FINE:
@@ -159,19 +163,33 @@ class Adaptive:
     def _waits(self, now: float) -> bool:
         """Whether the oldest write has been under way for longer than is usual."""
         oldest = next(iter(self._writes.values()), now)
-        return bool(self._without.value) and now - oldest > SUFFERS * self._without.value
+        return bool(self._without.value) and now - oldest > PATIENCE * self._without.value
 
 
 class _Average:
-    """An exponentially weighted average; `count` is of the values since it was set to 0."""
+    """The mean of the `count` values since `begin`; the one before counts as ENOUGH more."""
 
     def __init__(self) -> None:
-        self.value = 0.0
         self.count = 0
+        self._sum = 0.0
+        self._before = 0.0
+
+    def begin(self) -> None:
+        """Begin anew."""
+        self._before = self.value
+        self.count = 0
+        self._sum = 0.0
 
     def add(self, value: float) -> None:
-        self.value = value if not self.value else self.value + WEIGHT * (value - self.value)
+        """One more."""
         self.count += 1
+        self._sum += value
+
+    @property
+    def value(self) -> float:
+        """The mean; 0 if there was never a value."""
+        weight = ENOUGH if self._before else 0
+        return (self._sum + weight * self._before) / ((self.count + weight) or 1)
 
 
 def _size(rate: float) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tcmu_replication.block.pending import Pending
-from tcmu_replication.jobs.pace import BEGIN, FLOOR, IDLE_S, LONGEST, SHORTEST, Adaptive, Fixed
+from tcmu_replication.jobs.pace import BEGIN, FLOOR, HEAR_S, IDLE_S, LONGEST, SHORTEST, Adaptive, Fixed
 from tcmu_replication.units import BLOCK, KiB, MiB
 
 
@@ -119,6 +119,7 @@ def test_resync_is_silent_until_it_has_heard_how_long_a_write_takes_without_it()
     assert host.pace.delay() > 0
     for end in ends:
         end(Pending())
+    host.clock.now += HEAR_S
     assert host.pace.delay() == 0
 
 
