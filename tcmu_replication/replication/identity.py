@@ -4,7 +4,7 @@ A *generation* names data. Hosts whose data has the same name have the same data
 but for what was in flight, or not yet flushed, when one of them died: its hot extents. A
 new one is drawn whenever this host's data begins to go where the peer's does not:
 
-    draw        current --> base --> history      the map begins to count, from what is hot
+    draw        current --> base --> history      the map begins to count, empty
     draw again  current ------------> history     the map counts since the same base as before
 
 Nothing here does anything, and nothing is random: who draws brings the new generation. Each
@@ -32,8 +32,7 @@ class Marks(enum.Enum):
     """Blocks that are marked in the dirty map before the record is saved."""
 
     NOTHING = "nothing"
-    HOT = "this host's hot extents"
-    OVERLAYS = "what hidden or active holds, and this host's hot extents"
+    OVERLAYS = "what hidden or active holds"
     THEIRS = "the peer's dirty blocks, and the hot extents of both"
     ALL = "every block"
 
@@ -112,17 +111,17 @@ def begun(identity: Identity, new: str) -> Change:
 
 
 def missed(identity: Identity, new: str) -> Change:
-    """The first write that the peer will not get: from here on this data is another.
+    """The first write that the peer will not get: from here on this data is another, and the map starts empty.
 
-    The map starts with what is hot: what the peer may not have of the last writes. The disk was
-    flushed before, so that all that both had is stable here.
+    The disk was flushed before, so that all that both had is stable here. What a death has left hot stays in its
+    log until a resync has ended; every resync looks there too.
     """
-    return _drawn(identity, new, Marks.HOT)
+    return _drawn(identity, new, Marks.NOTHING)
 
 
 def promoted(identity: Identity, new: str) -> Change:
     """Promoted without the peer, to the latest that this host has."""
-    return _drawn(identity, new, Marks.HOT)
+    return _drawn(identity, new, Marks.NOTHING)
 
 
 def promoted_to_checkpoint(identity: Identity, new: str) -> Change:
@@ -131,6 +130,11 @@ def promoted_to_checkpoint(identity: Identity, new: str) -> Change:
     The overlays name exactly what differs from the data that had this identity.
     """
     return _drawn(identity, new, Marks.OVERLAYS)
+
+
+def first_target(identity: Identity, new: str) -> Change:
+    """The operator names the peer as the source of a first synchronisation: data without a name gets one."""
+    return Change(identity) if identity.current else begun(identity, new)
 
 
 def first_source(identity: Identity, new: str, theirs: Identity) -> Change:

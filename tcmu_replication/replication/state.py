@@ -45,6 +45,7 @@ class Event(enum.Enum):
     PROMOTED_TO_CHECKPOINT = "promoted to a checkpoint"
     PROMOTED_AS_IT_IS = "promoted by force with a disk that is a mix"
     FIRST_SOURCE = "the operator names this host as the source of a first synchronisation"
+    FIRST_TARGET = "the operator names the peer as that source; saved before the source's part"
     RESOLVED = "the operator keeps this host's data, and gives the peer's up"
     DELTA_SOURCE = "the handshake makes this host the source of a resync"
     FULL_SOURCE = "the handshake makes this host the source of a full comparison"
@@ -61,7 +62,8 @@ class Event(enum.Enum):
 class Transition(NamedTuple):
     """One row: when an event may happen, and what it makes of each member (None: it stays).
 
-    `flush`: the disk is flushed before the record is saved. `identity(mine, new, theirs)` is the event's
+    `flush`: the disk is flushed before the record is saved; where `ending` becomes clean, the extents that were hot
+    when a life ended are forgotten then, and never before. `identity(mine, new, theirs)` is the event's
     operation; `new` is a generation that was drawn for it.
     """
 
@@ -120,7 +122,6 @@ EVENTS: dict[Event, Transition] = {
         disk=Disk.OUTDATED,
         promoted=False,
         handing_over=False,
-        flush=True,
     ),
     Event.PROMOTED: Transition(
         lambda s: s.role is SECONDARY and _whole(s),
@@ -158,9 +159,16 @@ EVENTS: dict[Event, Transition] = {
         lambda mine, new, theirs: names.first_source(mine, new, theirs),
         role=PRIMARY,
         disk=Disk.UPTODATE,
+        handing_over=False,
+    ),
+    Event.FIRST_TARGET: Transition(
+        lambda s: True,
+        "any",
+        lambda mine, new, theirs: names.first_target(mine, new),
+        role=SECONDARY,
+        disk=Disk.OUTDATED,
         promoted=False,
         handing_over=False,
-        flush=True,
     ),
     Event.RESOLVED: Transition(
         _whole,
@@ -168,9 +176,7 @@ EVENTS: dict[Event, Transition] = {
         lambda mine, new, theirs: names.resolved(mine, theirs),
         role=PRIMARY,
         disk=Disk.UPTODATE,
-        promoted=False,
         handing_over=False,
-        flush=True,
     ),
     Event.DELTA_SOURCE: Transition(
         _whole, "whole", lambda mine, new, theirs: names.delta_source(mine, theirs)
@@ -187,7 +193,7 @@ EVENTS: dict[Event, Transition] = {
         "whole",
         lambda mine, new, theirs: names.resync_ended_at_source(mine),
         ending=Ending.CLEAN,
-        promoted=False,
+        flush=True,
     ),
     Event.TARGET_DONE: Transition(
         lambda s: s.disk is Disk.INCONSISTENT,
@@ -213,14 +219,12 @@ EVENTS: dict[Event, Transition] = {
         role=SECONDARY,
         promoted=False,
         handing_over=True,
-        flush=True,
     ),
     Event.TOOK_OVER: Transition(
         lambda s: s.role is SECONDARY and s.disk is Disk.UPTODATE and not s.handing_over,
         "secondary and uptodate",
         _keeps,
         role=PRIMARY,
-        flush=True,
     ),
     Event.SWITCHED: Transition(lambda s: s.handing_over, "handing over its role", _keeps, handing_over=False),
     Event.MAP_LOST: Transition(
@@ -331,10 +335,11 @@ class Seen(NamedTuple):
     `peer` and `verdict` are of the last handshake of this life, None if there was none since this host was
     promoted. `alive`: the peer was
     heard within the last seconds. `away`: this host does not serve, and the peer may have been promoted since it
-    last did; true at every start but that of a worker in the same boot that was gone for less than the peer
-    would wait before it lets itself be promoted, and false from the moment it serves or `start --force` is given.
-    `waited_out`: the time to wait for the peer, that the operator has set, is over. `hot_bytes`: see `Facts`.
-    `suspect`: the checkpoint may be damaged. `since` says in words since when the peer was not heard.
+    last did; true at every start but that of a worker that served when it died, in the same boot, and was gone for
+    less than the peer would wait before it lets itself be promoted; and false from the moment it serves or
+    `start --force` is given. `waited_out`: the time to wait for the peer, that the operator has set, is over.
+    `hot_bytes`: see `Facts`. `suspect`: the checkpoint may be damaged. `since` says in words since when the peer was
+    not heard.
     """
 
     peer: Facts | None = None

@@ -82,16 +82,16 @@ def test_begun() -> None:
 
 
 @pytest.mark.parametrize("event", [i.missed, i.promoted])
-def test_draw_makes_the_old_current_the_base_and_the_map_starts_with_what_is_hot(event: Any) -> None:
+def test_draw_makes_the_old_current_the_base_and_the_map_starts_empty(event: Any) -> None:
     change = event(Identity(A, "", (C,)), B)
-    assert change == i.Change(Identity(B, A, (C,)), clear=True, marks=Marks.HOT)
+    assert change == i.Change(Identity(B, A, (C,)), clear=True)
 
 
 @pytest.mark.parametrize("event", [i.missed, i.promoted])
 def test_second_draw_keeps_the_base_and_the_map_goes_on(event: Any) -> None:
     """The map counts since A: to start it anew would forget what is in it."""
     change = event(Identity(B, A, (C,)), D)
-    assert change == i.Change(Identity(D, A, (B, C)), clear=False, marks=Marks.HOT)
+    assert change == i.Change(Identity(D, A, (B, C)), clear=False)
 
 
 def test_promoted_to_a_checkpoint_differs_by_the_overlays() -> None:
@@ -124,6 +124,11 @@ def test_first_source_draws_and_the_target_misses_everything() -> None:
     change = i.first_source(Identity(A), B, Identity(C))
     assert change == i.Change(Identity(B, C, (A,)), clear=True, marks=Marks.ALL)
     assert i.first_source(BLANK, B, Identity(C)).identity == Identity(B, C)
+
+
+def test_first_target_gets_a_name_if_it_has_none() -> None:
+    assert i.first_target(BLANK, A) == i.Change(Identity(A))
+    assert i.first_target(Identity(B, A), C) == i.Change(Identity(B, A))
 
 
 def test_full_source_counts_since_the_target_and_marks_everything() -> None:

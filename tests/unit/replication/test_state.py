@@ -77,19 +77,19 @@ CASES: dict[Event, tuple[State, dict[str, Any], State, tuple[bool, bool, Marks]]
         SERVES,
         {"new": B},
         State(PRIMARY, UPTODATE, Identity(B, A)),
-        (True, True, Marks.HOT),
+        (True, True, NO),
     ),
     Event.LEFT_BEHIND: (
         State(PRIMARY, UPTODATE, Identity(B, A), promoted=True),
         {},
         State(SECONDARY, OUTDATED, Identity(B, A)),
-        (True, False, NO),
+        (False, False, NO),
     ),
     Event.PROMOTED: (
         State(SECONDARY, OUTDATED, Identity(A), handing_over=True),
         {"new": B},
         State(PRIMARY, UPTODATE, Identity(B, A), promoted=True),
-        (True, True, Marks.HOT),
+        (True, True, NO),
     ),
     Event.PROMOTED_TO_CHECKPOINT: (
         MIX,
@@ -107,13 +107,19 @@ CASES: dict[Event, tuple[State, dict[str, Any], State, tuple[bool, bool, Marks]]
         State(SECONDARY, OUTDATED, Identity(A)),
         {"new": B, "theirs": Identity(C)},
         State(PRIMARY, UPTODATE, Identity(B, C, (A,))),
-        (True, True, Marks.ALL),
+        (False, True, Marks.ALL),
+    ),
+    Event.FIRST_TARGET: (
+        State(PRIMARY, UPTODATE),
+        {"new": C},
+        State(SECONDARY, OUTDATED, Identity(C)),
+        (False, False, NO),
     ),
     Event.RESOLVED: (
         State(PRIMARY, UPTODATE, Identity(B, A), promoted=True),
         {"theirs": Identity(C, A)},
-        State(PRIMARY, UPTODATE, Identity(B, C, (A,))),
-        (True, False, Marks.THEIRS),
+        State(PRIMARY, UPTODATE, Identity(B, C, (A,)), promoted=True),
+        (False, False, Marks.THEIRS),
     ),
     Event.DELTA_SOURCE: (
         State(PRIMARY, UPTODATE, Identity(B, A)),
@@ -136,8 +142,8 @@ CASES: dict[Event, tuple[State, dict[str, Any], State, tuple[bool, bool, Marks]]
     Event.SOURCE_DONE: (
         State(PRIMARY, UPTODATE, Identity(B, A), Ending.CRASHED, promoted=True),
         {},
-        State(PRIMARY, UPTODATE, Identity(B, "", (A,))),
-        (False, False, NO),
+        State(PRIMARY, UPTODATE, Identity(B, "", (A,)), promoted=True),
+        (True, False, NO),
     ),
     Event.TARGET_DONE: (
         MIX._replace(ending=Ending.CRASHED),
@@ -151,8 +157,8 @@ CASES: dict[Event, tuple[State, dict[str, Any], State, tuple[bool, bool, Marks]]
         FOLLOWS,
         (True, False, NO),
     ),
-    Event.HANDED_OVER: (SERVES, {}, FOLLOWS._replace(handing_over=True), (True, False, NO)),
-    Event.TOOK_OVER: (FOLLOWS, {}, SERVES, (True, False, NO)),
+    Event.HANDED_OVER: (SERVES, {}, FOLLOWS._replace(handing_over=True), (False, False, NO)),
+    Event.TOOK_OVER: (FOLLOWS, {}, SERVES, (False, False, NO)),
     Event.SWITCHED: (FOLLOWS._replace(handing_over=True), {}, FOLLOWS, (False, False, NO)),
     Event.MAP_LOST: (
         State(PRIMARY, UPTODATE, Identity(B, A)),

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tcmu_replication.replication import verdict
 from tcmu_replication.replication.facts import Disk, Ending, Facts, check
 from tcmu_replication.replication.identity import BLANK, Identity
 from tcmu_replication.replication.stages import Mode
@@ -246,3 +247,23 @@ def test_in_sync_only_if_nothing_says_otherwise(mine: Facts, theirs: Facts) -> N
         for facts in (mine, theirs):
             assert (facts.identity.becoming, facts.dirty_bytes, facts.hot_bytes) == ("", 0, 0)
         assert Mode.SECONDARY in (mine.role, theirs.role)
+
+
+GUARDS = [
+    *("versions", "names", "sizes", "nobody-whole", "both-primary", "contradiction", "they-are-a-mix"),
+    *("same-and-primary-counts", "same-and-counted", "same-and-they-are-outdated", "same-and-nobody-primary"),
+    "behind-and-written",
+]
+
+
+@pytest.mark.parametrize("name", GUARDS)
+def test_guard_that_is_taken_out_is_missed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of these rows stands before one that would copy, or copy the other way, or call it in sync."""
+    right = compare(*CASES[name])
+    gone = {name} | {mirror for mirror, of in MIRRORS.items() if of == name}
+    monkeypatch.setattr(verdict, "TABLE", tuple(row for row in TABLE if row.name not in gone))
+    wrong = compare(*CASES[name])
+    if right.found.proceeds:
+        assert (wrong.found, wrong.source) != (right.found, right.source)
+    else:
+        assert wrong.found.proceeds
