@@ -145,6 +145,7 @@ class PairBackstore(Backstore):
             "checkpoint": self._checkpoint,
             "failover": self._failover,
             "stop-replication": self._stop,
+            "resync": self._resync,
             "query-errors": self._query_errors,
         }
         self._qemu = Controller(
@@ -204,6 +205,9 @@ class PairBackstore(Backstore):
     async def _init(self, arguments: schema.Nothing, session: Session) -> None:
         await self.engine.init()
         self._tell_stage()
+
+    async def _resync(self, arguments: schema.Nothing, session: Session) -> None:
+        await self.engine.resync()
 
     async def _stop(self, arguments: schema.Stop, session: Session) -> schema.Outcome:
         return self._outcome(await self.engine.stop(force=arguments.force))
@@ -410,6 +414,7 @@ class PrimaryBackstore(PairBackstore):
             heard=Heard(link.dead_after),
             beats=self._beats,
             wait_after_crash=resource.after_crash == "wait",
+            heals=resource.resync == "automatic",
             in_flight=run_directory / f"{resource.name}.in-flight",
             disk_name=disk_name(mine.disk),
             peer_name=self._peer_name,
@@ -423,12 +428,20 @@ class PrimaryBackstore(PairBackstore):
                 f"{self.resource.name}: --discard-my-data is for the host whose data is given up, and that is the "
                 "secondary",
             )
+        if arguments.sync_from not in (None, self.host):
+            raise Error(
+                Kind.BAD_REQUEST,
+                f"{self.resource.name}: --sync-from is for the host whose data counts, and that has to be the primary: "
+                f"{self.host}, not {arguments.sync_from}. For the data of {self._peer_name} exchange `mode` in the "
+                "resource file first, on both hosts",
+            )
         return await self.engine.start(
             self.engine.mode,
             again=True,
             compare=True,
             assume_clean=arguments.assume_clean,
             force=arguments.force,
+            sync=arguments.sync_from is not None,
         )
 
     def _connect(self, verify: Callable[[], Awaitable[None]]) -> Remote:
@@ -492,6 +505,23 @@ class PrimaryBackstore(PairBackstore):
     def _out_of_sync(self) -> int:
         return self.engine.out_of_sync_bytes
 
+    def _jobs(self) -> list[schema.Job]:
+        job = self.engine.resyncing
+        if job is None:
+            return []
+        return [
+            schema.Job(
+                id=job.name,
+                type=job.kind,
+                offset=job.offset,
+                length=job.length,
+                speed=int(job.rate),
+                status=job.status.value,
+                error=job.waits,
+                seconds_left=job.time_left_s,
+            )
+        ]
+
     def _facts(self) -> Facts:
         engine = self.engine
         job = engine.comparing
@@ -507,6 +537,8 @@ class PrimaryBackstore(PairBackstore):
                 removed=engine.removed,
                 map_complete=engine.missed.complete,
                 comparing=comparing,
+                resync=engine.resync_in_words,
+                verified=engine.manifest.verified,
                 out_of_sync_bytes=0 if engine.forwards else missed,
                 resending_bytes=missed if engine.forwards else 0,
             )
@@ -555,6 +587,8 @@ class SecondaryBackstore(PairBackstore):
                 "peer-prepare": self._peer_prepare,
                 "peer-checkpoint": self._peer_checkpoint,
                 "peer-digests": self._peer_digests,
+                "peer-resync": self._peer_resync,
+                "peer-resynced": self._peer_resynced,
             }
         )
 
@@ -569,6 +603,12 @@ class SecondaryBackstore(PairBackstore):
             raise Error(
                 Kind.BAD_REQUEST,
                 f"{self.resource.name}: start --force is for a primary that is not ready; this host is the secondary",
+            )
+        if arguments.sync_from is not None:
+            raise Error(
+                Kind.BAD_REQUEST,
+                f"{self.resource.name}: --sync-from is given on the primary; this host is the secondary, and what it "
+                "has is overwritten",
             )
         return await self.engine.start(
             self.engine.mode,
@@ -651,6 +691,7 @@ class SecondaryBackstore(PairBackstore):
             ._facts()
             ._replace(
                 last_forwarded_at=engine.last_forwarded or None,
+                resync=engine.manifest.resync_since or None,
                 comparing=(0, engine.disk.length) if unknown else None,
             )
         )
@@ -712,6 +753,15 @@ class SecondaryBackstore(PairBackstore):
             raise Error(Kind.CONFLICT, text)
         if not made:
             await self._make_checkpoint(arguments.name)
+        return self._state()
+
+    async def _peer_resync(self, arguments: schema.PeerResync, session: Session) -> schema.PeerResyncBegun:
+        return schema.PeerResyncBegun(
+            compare=await self.engine.begin_resync(arguments.generation, arguments.name)
+        )
+
+    async def _peer_resynced(self, arguments: schema.PeerResynced, session: Session) -> schema.PeerState:
+        await self.engine.end_resync(arguments.generation)
         return self._state()
 
     async def _peer_digests(self, arguments: schema.PeerRange, session: Session) -> schema.PeerDigests:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tcmu_replication.errors import Kind
 
-FAILED, WRONG, STATE, ABSENT, DENIED, PEER, LATE, UNPROTECTED = 1, 2, 3, 4, 5, 6, 7, 8
+FAILED, WRONG, STATE, ABSENT, DENIED, PEER, LATE, UNPROTECTED, RESYNCING, OUTDATED = range(1, 11)
 
 MEANINGS: dict[int, str] = {
     0: "done; of status and errors: every resource that was asked for is protected",
@@ -16,7 +16,13 @@ MEANINGS: dict[int, str] = {
     PEER: "the peer is lost, or broke the protocol",
     LATE: "no answer in time",
     UNPROTECTED: "status and errors: there was an answer, but writes are not on both hosts",
+    RESYNCING: "status: the same, and it ends by itself: disks are compared, or made equal",
+    OUTDATED: "status: the disk of this host is old",
 }
+
+STATUS_OF_LEVEL: dict[str, int] = {"protected": 0, "resyncing": RESYNCING, "outdated": OUTDATED}
+"""Of the levels of a verdict; all others are UNPROTECTED."""
+WORST_FIRST = (OUTDATED, UNPROTECTED, RESYNCING, 0)
 
 STATUS_OF_KIND: dict[Kind, int] = {
     Kind.IO: FAILED,

@@ -125,6 +125,8 @@ def status(context: Context, name: str | None, as_json: bool, watch: bool) -> No
       4  a worker does not answer (down), or nobody serves a LUN
       5  this user may not ask
       8  all answered, and one is not protected
+      9  the same, and it ends by itself: disks are compared, or made equal
+      10 all answered, and the disk of this host is old for one of them
     """
     from tcmu_replication.cli import status as view
 
@@ -165,6 +167,7 @@ def devices(context: Context, as_json: bool) -> None:
 @click.option(
     "--force", is_flag=True, help="On a primary that is not ready: its disk is the one that counts."
 )
+@click.option("--sync-from", metavar="HOST", help="On the primary, its name: make the secondary equal to it.")
 @click.option("--wait", is_flag=True, help="Wait for the comparison of both disks, with a progress bar.")
 @pass_context
 def start(
@@ -175,19 +178,24 @@ def start(
     assume_clean: bool,
     discard_my_data: bool,
     force: bool,
+    sync_from: str | None,
     wait: bool,
 ) -> None:
     """Begin to replicate. Start the secondary first, then the primary.
 
     The primary compares both disks, by hash, while its LUN goes on. Until that
     has ended the pair is not protected; status shows how far it is. Disks that
-    differ are an error, and nothing more is forwarded.
+    differ are an error, and nothing more is forwarded: neither goes over the
+    other without your word. That is `resync`, or --sync-from with the name of
+    the primary at once, for a secondary that is new or has old data.
 
     --assume-clean is refused where this host knows better: its LUN was written
     while nothing was replicated, or an error or missed writes are recorded.
     """
     chosen = {"assume-clean": assume_clean, "discard-my-data": discard_my_data, "force": force}
-    arguments = {key: True for key, wanted in chosen.items() if wanted}
+    arguments: dict[str, Any] = {key: True for key, wanted in chosen.items() if wanted}
+    if sync_from is not None:
+        arguments["sync-from"] = sync_from
     names = _command(context, name, everything, as_json, "start", lambda _: arguments, _outcome("started"))
     _warn_of_bare_ports(context, names)
     if wait:
@@ -279,6 +287,21 @@ def failover(
 
         for resource in names:
             waiting.for_jobs(context.run_directory, resource, quiet=as_json)
+
+
+@cli.command()
+@one_or_all
+@pass_context
+def resync(context: Context, name: str | None, everything: bool, as_json: bool) -> None:
+    """On the primary: send the secondary what it misses.
+
+    That begins by itself when the secondary is back, unless the resource file
+    says `resync = "manual"`. By hand it is your word too that the data of this
+    host is the one that counts, where start has found the disks to differ:
+    what only the secondary has is lost. The LUN is used meanwhile; status shows
+    how far it is. The secondary can be failed over to its checkpoint throughout.
+    """
+    _command(context, name, everything, as_json, "resync", lambda _: {}, lambda _: "the resync has begun")
 
 
 @cli.command()

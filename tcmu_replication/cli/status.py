@@ -22,7 +22,8 @@ def run(run_directory: Path, names: Sequence[str], *, detailed: bool, as_json: b
     """Show the status of `names`; the exit status says the worst of them.
 
     That is 5 if one may not be asked, else 4 if one is down or a LUN is not served,
-    else 8 if one is not protected. LUNs that are no resources are never protected,
+    else 10 if one is outdated, else 8 if one is not protected, else 9 if that ends by
+    itself. LUNs that are no resources are never protected,
     and do not count.
     """
     if watch:
@@ -38,7 +39,11 @@ def _exit_status(documents: Sequence[Document]) -> int:
     if any("backstore" in document or document.get("stage") == "down" for document in documents):
         return exits.ABSENT
     resources = [document for document in documents if "subtype" not in document]
-    return 0 if all(document["protection"]["protected"] for document in resources) else exits.UNPROTECTED
+    found = {
+        exits.STATUS_OF_LEVEL.get(document["protection"]["level"], exits.UNPROTECTED)
+        for document in resources
+    }
+    return next((status for status in exits.WORST_FIRST if status in found), 0)
 
 
 def device_workers(run_directory: Path) -> list[str]:

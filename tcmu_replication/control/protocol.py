@@ -28,7 +28,7 @@ class Range(NamedTuple):
         return f"protocols {self.lowest} to {self.highest}"
 
 
-SPOKEN = Range(2, 2)
+SPOKEN = Range(2, 3)
 """What this version speaks. A protocol is added and given up as docs/peer-protocol.md says."""
 WITHOUT_GREETING = Range(2, 2)
 """What a host speaks that does not know the greeting."""

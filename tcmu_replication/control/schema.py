@@ -47,10 +47,12 @@ class Start(Document, frozen=True, kw_only=True):
 
     `assume_clean`: the operator asserts that both disks hold the same data. `force`:
     on a primary that is not ready, this host's disk is the one that counts.
-    `discard_my_data`: on a secondary, what was written to its LUN may be lost.
+    `discard_my_data`: on a secondary, what was written to its LUN may be lost. `sync_from`: on the
+    primary, its own name: whatever the secondary has, it is made equal to this host.
     """
 
     assume_clean: bool = False
+    sync_from: Annotated[str, Meta(max_length=64)] | None = None
     force: bool = False
     discard_my_data: bool = False
 
@@ -83,6 +85,9 @@ class DeviceArguments(Document, frozen=True, kw_only=True):
     """Arguments of attach-device and detach-device."""
 
     device: Device
+
+
+CheckpointName = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[ -~]*\Z")]
 
 
 class PeerHello(Document, frozen=True, kw_only=True):
@@ -125,6 +130,25 @@ class PeerState(Document, frozen=True, kw_only=True):
     settled: Count = 0
 
 
+class PeerResync(Document, frozen=True, kw_only=True):
+    """Arguments of peer-resync: the pairing, and the name of the checkpoint that the state before becomes."""
+
+    generation: Text
+    name: CheckpointName
+
+
+class PeerResyncBegun(Document, frozen=True, kw_only=True):
+    """Result of peer-resync. `compare`: the secondary does not know itself where its disk may differ."""
+
+    compare: bool
+
+
+class PeerResynced(Document, frozen=True, kw_only=True):
+    """Arguments of peer-resynced: the pairing."""
+
+    generation: Text
+
+
 class PeerEpoch(Document, frozen=True, kw_only=True):
     """Arguments of peer-prepare: the epoch that is about to end."""
 
@@ -140,7 +164,7 @@ class PeerCheckpoint(Document, frozen=True, kw_only=True):
 
     epoch: Count
     settled: Count
-    name: Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[ -~]*\Z")]
+    name: CheckpointName
 
 
 class PeerRange(Document, frozen=True, kw_only=True):
@@ -197,11 +221,12 @@ class Link(Document, frozen=True, kw_only=True):
 class Protection(Document, frozen=True, kw_only=True):
     """Whether every write is on both hosts before it is acknowledged, in words, since when, and what to do.
 
-    `level` is finer: not-ready if the LUN answers NOT READY, failed if a disk has failed.
+    `level` is finer: resyncing if it is not protected and that ends by itself, outdated if this host's disk is old,
+    not-ready if the LUN answers NOT READY, failed if a disk has failed.
     """
 
     protected: bool
-    level: Literal["protected", "unprotected", "not-ready", "failed"]
+    level: Literal["protected", "resyncing", "unprotected", "outdated", "not-ready", "failed"]
     words: str
     since: str | None = None
     advice: str | None = None
@@ -233,7 +258,10 @@ class Overlays(Document, frozen=True, kw_only=True):
 
 
 class Job(Document, frozen=True, kw_only=True):
-    """A background job, as QEMU's BlockJobInfo: `offset` of `length` is done; `speed` is bytes per second."""
+    """A background job, as QEMU's BlockJobInfo: `offset` of `length` is done; `speed` is bytes per second.
+
+    `seconds_left` is of a resync, at its rate of late; null while nothing moves.
+    """
 
     id: str
     type: str
@@ -242,6 +270,7 @@ class Job(Document, frozen=True, kw_only=True):
     speed: Count = 0
     status: str
     error: str | None = None
+    seconds_left: float | None = None
 
 
 class Frontend(Document, frozen=True, kw_only=True):
@@ -356,6 +385,7 @@ COMMANDS = table(
         "stop-replication", Stop, Outcome, OPERATOR,
         "Stop replicating; a secondary makes a last checkpoint.",
     ),
+    Command("resync", Nothing, None, OPERATOR, "Send the secondary what it misses."),
     Command("query-errors", Nothing, ErrorStatus, OPERATOR, "The recorded error, and its reason.", oob=True),
     Command("attach-device", DeviceArguments, None, OPERATOR, "Serve the LUN on a UIO device too."),
     Command("detach-device", DeviceArguments, None, OPERATOR, "The UIO device is going or gone."),
@@ -365,6 +395,8 @@ COMMANDS = table(
     Command("peer-prepare", PeerEpoch, None, PEER, "Get ready for the checkpoint that ends the epoch."),
     Command("peer-checkpoint", PeerCheckpoint, PeerState, PEER, "End the epoch; the secondary begins the next."),
     Command("peer-digests", PeerRange, PeerDigests, PEER, "Hashes of the secondary's disk, to compare."),
+    Command("peer-resync", PeerResync, PeerResyncBegun, PEER, "What the secondary misses will be sent."),
+    Command("peer-resynced", PeerResynced, PeerState, PEER, "All of it was sent: the pair is in sync."),
 )  # fmt: skip
 
 DEVICE_COMMANDS = table(

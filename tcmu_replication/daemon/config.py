@@ -63,6 +63,7 @@ class _Resource(Struct, frozen=True, forbid_unknown_fields=True, rename="kebab",
     failover: FailoverTo | None = None
     on_local_error: Literal["report", "detach"] = "report"
     after_crash: Literal["wait", "serve"] = "wait"
+    resync: Literal["automatic", "manual"] = "automatic"
     serial: Serial | None = None
     durable: bool = True
     overlay_limit: Size | None = None
@@ -125,7 +126,7 @@ class Nbd(Struct, frozen=True, forbid_unknown_fields=True, rename="kebab", kw_on
 class Resource(_Resource, frozen=True, kw_only=True):
     """A whole resource file; `path` is where it was read.
 
-    name, size (bytes), block_size (bytes), failover, on_local_error, after_crash
+    name, size (bytes), block_size (bytes), failover, on_local_error, after_crash, resync
     (a primary that was down waits for the secondary's word, or serves), serial,
     durable (pre-images are on stable storage before the overwrite) and
     overlay_limit (bytes, None: no limit) come from [resource].

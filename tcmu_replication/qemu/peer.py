@@ -40,6 +40,14 @@ class QemuPeer:
     async def prepare(self, epoch: int) -> None:
         """Nothing can be prepared."""
 
+    async def resync(self, name: str) -> bool:
+        """It cannot be told: raises `Error(UNSUPPORTED)`."""
+        raise Error(Kind.UNSUPPORTED, "QEMU cannot be told that a resync begins")
+
+    async def resynced(self) -> None:
+        """See `resync`."""
+        raise Error(Kind.UNSUPPORTED, "QEMU cannot be told that a resync has ended")
+
     async def digests(self, offset: int, length: int, piece: int) -> list[str]:
         """It has no hashes to tell: raises `Error(UNSUPPORTED)`, and its disk is read over the link."""
         raise Error(Kind.UNSUPPORTED, "QEMU tells no digests of its disk")

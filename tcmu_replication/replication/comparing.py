@@ -33,9 +33,19 @@ class Comparing:
         return self._job if self._job is not None and self._job.status is JobStatus.RUNNING else None
 
     def begin(self) -> None:
-        """Compare, unless that is under way."""
-        if self.job is not None:
-            return
+        """Compare behind a start, unless that is under way."""
+        if self.job is None:
+            self._role.spawn(self._behind_a_start(*self._make()))
+
+    async def run(self) -> None:
+        """Compare, and mark what differs. Raises `Error`."""
+        job, threads = self._make()
+        try:
+            await self._carry_out(job, threads)
+        except Error as error:
+            raise Error(error.kind, f"the comparison of both disks failed: {error}") from error
+
+    def _make(self) -> tuple[Compare, Offload]:
         replica = self._role.replica
         threads = Offload(threads=2, niceness=BACKGROUND)
 
@@ -51,23 +61,27 @@ class Comparing:
         job = self._job = Compare(
             f"compare-{replica.name}", replica.disk, theirs, self._differs, replica.quiet, threads
         )
-        self._role.spawn(self._run(job, threads))
+        return job, threads
 
     def _differs(self, found: Difference) -> None:
         self._sender.missed.mark(found.offset, found.length)
 
-    async def _run(self, job: Compare, threads: Offload) -> None:
+    async def _carry_out(self, job: Compare, threads: Offload) -> None:
         try:
             await job.run()
-        except Error as error:
-            reason = f"the comparison of both disks failed: {error}"
-            self._role.open_gap(Error(Kind.MISCOMPARE, reason))
-            return
         except asyncio.CancelledError:
             job.end(JobStatus.CANCELLED, "cancelled")
             raise
         finally:
             threads.close()
+
+    async def _behind_a_start(self, job: Compare, threads: Offload) -> None:
+        try:
+            await self._carry_out(job, threads)
+        except Error as error:
+            reason = f"the comparison of both disks failed: {error}"
+            self._role.open_gap(Error(Kind.MISCOMPARE, reason))
+            return
         if self._role.forwards:
             await self._ended(job)
 

@@ -38,6 +38,7 @@ class Following(SecondaryRole):
         super().__init__(replica)
         self._receiver = replica.receiver
         self._watcher: asyncio.Task[None] | None = None
+        self._forgiven = ""  # since when it was outdated before the last resync: late news of that are none
         self._told = False  # the primary has said since this process began what there is to know
 
     # --- life
@@ -81,6 +82,7 @@ class Following(SecondaryRole):
             suspect=None,
             disk_error=None,
             peer_disk_error=None,
+            resync_since="",
             outdated_at="",
             promoted_at="",
             superseded_at="",
@@ -176,6 +178,49 @@ class Following(SecondaryRole):
         log.info("%s: checkpoint, epoch %d", self.name, self.replica.epoch)
         return (time.monotonic() - began) * 1000
 
+    # --- a resync
+
+    async def begin_resync(self, generation: str, name: str) -> bool:
+        """See `Replica.begin_resync`."""
+        manifest = self._of_ours(generation)
+        if self._receiver.export is None:
+            raise Error(Kind.INVALID_STATE, stages.BACKUP_GONE)
+        compare = bool(manifest.disk_error)
+        if not manifest.resync_since:
+            if (
+                not compare
+            ):  # the disk is as the primary's was at some time: a checkpoint, and what it saved is over
+                await self.move_epoch(name)
+            suspect = manifest.suspect if compare else None
+            self.record.save(resync_since=now(), suspect=suspect)
+            log.warning("%s: a resync begins: the disk is a mix until its end", self.name)
+            self.replica.stage_changed()
+        return compare
+
+    async def end_resync(self, generation: str) -> None:
+        """See `Replica.end_resync`."""
+        manifest = self._of_ours(generation)
+        if not manifest.resync_since:
+            raise Error(Kind.CONFLICT, f"no resync of {self.name} is under way here")
+        await settle(self.replica.disk.flush())
+        self.record.save(
+            error=None, resync_since="", outdated_at="", disk_error=None, verified=True, paired=True
+        )
+        self.record.machine.forget_error()
+        self._forgiven = manifest.outdated_at
+        log.warning("%s: the resync has ended: this host has all again", self.name)
+        self.replica.stage_changed()
+
+    def _of_ours(self, generation: str) -> Manifest:
+        manifest = self.record.manifest
+        if generation != manifest.generation:
+            raise Error(
+                Kind.CONFLICT,
+                f"this host is a secondary of {self.name} in another pairing ({manifest.generation}) than the caller "
+                f"({generation}); start both anew",
+            )
+        return manifest
+
     # --- the end of following
 
     async def commit(self, force: bool, fenced: bool) -> None:
@@ -254,7 +299,7 @@ class Following(SecondaryRole):
             changes["paired"] = True
         if news.verified and not manifest.verified:
             changes["verified"] = True
-        if news.outdated_at and not manifest.outdated_at:
+        if news.outdated_at not in ("", self._forgiven) and not manifest.outdated_at:
             missed = f"; {format_size(news.missed_bytes)} are known to differ" if news.missed_bytes else ""
             self.record.note(
                 f"{self.replica.peer_name} goes on without this host since {news.outdated_at} "
@@ -305,6 +350,7 @@ async def resume_pair(role: SecondaryRole) -> None:
             clean=False,
             whole=found.whole or found.clean,
             error_at=found.error_at or (now() if error else ""),
+            disk_error=found.disk_error or _lost_here(found),
         )
     except Error:
         pair.close()
@@ -322,13 +368,19 @@ async def suspend_pair(role: SecondaryRole) -> None:
         role.record.save(clean=True)
 
 
+def _lost_here(found: Manifest) -> str | None:
+    """Why the disk may lack what was acknowledged, if this host has lost its page cache."""
+    if found.boot == boot.boot_id() or found.clean or found.stage is not Stage.RUNNING:
+        return None
+    return "this host went down without a clean stop: forwarded writes since the last flush may be missing"
+
+
 def _after_restart(role: SecondaryRole, found: Manifest) -> str | None:
     """The error to go on with: this process may have died, or the host have lost its page cache."""
     if found.boot == boot.boot_id() or found.clean:
         return found.error
-    reason = "this host went down without a clean stop"
+    reason = _lost_here(found) or "this host went down without a clean stop"
     if found.stage is Stage.RUNNING:
-        reason += ": forwarded writes since the last flush may be missing"
         if role.replica.receiver.durable:
             return found.error or reason
         disk = "The disk was not touched"

@@ -30,9 +30,11 @@ from tcmu_replication.block.remote import Remote, State
 from tcmu_replication.block.replication import Forward
 from tcmu_replication.errors import Error, Kind
 from tcmu_replication.jobs.compare import Compare
+from tcmu_replication.jobs.resync import Resync
 from tcmu_replication.replication import starting
 from tcmu_replication.replication.clock import now
 from tcmu_replication.replication.comparing import Comparing
+from tcmu_replication.replication.healing import Healing
 from tcmu_replication.replication.peer_state import News, PeerState
 from tcmu_replication.replication.primary import PrimaryRole
 from tcmu_replication.replication.role import HOLD_S, StartOptions
@@ -51,8 +53,7 @@ RETRY_S = 1.0
 DETACHED = "the local disk failed; the secondary serves"
 
 THE_WAY_BACK = (
-    "stop the initiators; tcmu-replication stop {name} here and on the secondary; copy this host's disk to the "
-    "secondary's disk; start the secondary, then this host: start compares both disks"
+    "see to the secondary and to the link: what it misses is sent to it then; status shows how far that is"
 )
 
 
@@ -66,6 +67,7 @@ class Forwarding(PrimaryRole):
         self._tasks: set[asyncio.Task[None]] = set()
         self._healing: asyncio.Task[None] | None = None
         self._comparing = Comparing(self)
+        self.healing = Healing(self, automatic=self._sender.heals)
 
     # --- what is shown
 
@@ -75,10 +77,22 @@ class Forwarding(PrimaryRole):
         return self._comparing.job
 
     @property
+    def resyncing(self) -> Resync | None:  # type: ignore[override]
+        """The resync, while it sends."""
+        return self.healing.job
+
+    @property
+    def heals(self) -> bool:  # type: ignore[override]
+        """Whether the secondary is being made whole."""
+        return self.healing.under_way
+
+    @property
     def forwards(self) -> bool:  # type: ignore[override]
         """Whether what is written goes to the secondary now."""
         forward = self._sender.filter
-        return forward is not None and forward.gap is None and self.record.stage is Stage.RUNNING
+        if forward is None or forward.gap is not None or self.record.stage is not Stage.RUNNING:
+            return False
+        return not self.record.manifest.outdated_at  # else a resync is under way
 
     # --- life
 
@@ -94,9 +108,12 @@ class Forwarding(PrimaryRole):
         try:
             async with replica.quiet():
                 await remote.open()
-                if not options.assume_clean:
+                if not options.assume_clean and not options.sync:
                     await starting.probe(replica, remote)
                 self._begin(operation, state, remote, verified=not compare)
+                if options.sync:
+                    self._sender.missed.complete = False
+                    self.open_gap(Error(Kind.MISCOMPARE, f"{replica.peer_name} is made equal to this host"))
         except Error:
             remote.close()
             await remote.wait_closed()
@@ -104,6 +121,8 @@ class Forwarding(PrimaryRole):
         await replica.become(self)
         with contextlib.suppress(Error):  # else the next beat tells it
             await self._ours()
+        if options.sync:
+            self.healing.begin_by_hand()
         log.info("%s: running as primary, epoch %d", self.name, replica.epoch)
 
     def _begin(self, operation: Operation, state: PeerState, remote: Remote, *, verified: bool) -> None:
@@ -143,6 +162,7 @@ class Forwarding(PrimaryRole):
             reason = reason or f"{sender.missed.path} is gone: what the secondary misses is not known"
         if reason is not None:
             self.record.note(reason)
+            sender.missed.complete = False
             outdated_at = outdated_at or now()
         self.record.move(
             Operation.OPEN,
@@ -272,11 +292,17 @@ class Forwarding(PrimaryRole):
         """Once a second: tell and hear."""
         if self.record.unwritten:
             self.record.write_down()
+        healing = self.healing.under_way
         state = await self._sender.beats.hello(self.news())
         self.replica.heard.note()
-        if self.record.stage is Stage.RUNNING:
-            with contextlib.suppress(Error):  # what is wrong with it is recorded
-                self._judge(state)
+        if self.record.stage is not Stage.RUNNING:
+            return
+        if (healing or self.healing.under_way) and not self.is_promoted(state):
+            return  # it may be what it said before a resync ended
+        with contextlib.suppress(Error):  # what is wrong with it is recorded
+            self._judge(state)
+        if self._is_ours(state):
+            self.healing.consider()
 
     async def tell(self) -> None:
         """Tell the peer the news now, and not with the next beat."""
@@ -307,11 +333,33 @@ class Forwarding(PrimaryRole):
             )
         elif state.error is not None:
             reason = f"the secondary of {self.name} may miss writes: {state.error}"
+            if not self.record.manifest.outdated_at:
+                self._sender.missed.complete = False  # it says nothing of where
         else:
             self._learn(state)
             return
         self.open_gap(Error(Kind.CONFLICT, reason))
         raise Error(Kind.CONFLICT, reason)
+
+    def _is_ours(self, state: PeerState) -> bool:
+        """Whether the peer is the secondary of this pairing, whatever it misses."""
+        return (
+            self.record.stage is Stage.RUNNING
+            and state.stage is Stage.RUNNING
+            and state.generation == self.record.manifest.generation
+            and state.length == self.replica.disk.length
+        )
+
+    async def resync(self) -> None:
+        """See `Role.resync`."""
+        state = await self._sender.peer.hello(self.news(), settled=True)
+        if not self._is_ours(state):
+            self._judge(state)
+        self.healing.begin_by_hand()
+
+    async def compare(self) -> None:
+        """Compare both disks, and mark what differs. Raises `Error`."""
+        await self._comparing.run()
 
     def _learn(self, state: PeerState) -> None:
         """A checkpoint whose answer was lost may have been made all the same."""
@@ -392,7 +440,7 @@ class Forwarding(PrimaryRole):
             raise Error(
                 Kind.INVALID_STATE,
                 f"the secondary of {self.name} misses writes ({self._known_missed()}: {self.record.error}); a "
-                f"checkpoint now would be a state that never was. To mend it: {THE_WAY_BACK.format(name=self.name)}",
+                f"checkpoint now would be a state that never was. To mend it: {THE_WAY_BACK}",
             )
         if not self.record.manifest.verified:
             raise Error(
@@ -425,6 +473,7 @@ class Forwarding(PrimaryRole):
             if forward.gap is None:
                 forward.gap = Error(Kind.PEER_LOST, "the replica was removed from the mirror")
             self.removed = True
+        self.healing.lost(forward.gap)
         log.warning("%s: the replica was removed from the mirror, nothing is forwarded", self.name)
 
     async def add_replica(self) -> None:
@@ -458,26 +507,33 @@ class Forwarding(PrimaryRole):
         if self.record.error is not None or self._sender.missed.bytes:
             raise Error(
                 Kind.INVALID_STATE,
-                f"the secondary of {self.name} misses writes ({self._known_missed()}: {self.record.error}). To mend "
-                f"it: {THE_WAY_BACK.format(name=self.name)}",
+                f"the secondary of {self.name} misses writes ({self._known_missed()}: {self.record.error}). "
+                "Stop and start replication on both hosts to mend it",
             )
+
+    def attach_plain(self, remote: Remote) -> None:
+        """A resync has ended: forward as ever."""
+        self._attach(remote, None)
 
     def _attach(self, remote: Remote, gap: Error | None) -> None:
         """Hang the filter below the mirror; with `gap` it only marks what the peer misses."""
         self.removed = False
-        forward = Forward("replication", remote, self._missed, gap)
+        forward = Forward("replication", remote, self.missed, gap)
         self._sender.attach(remote, forward, detached=bool(self.record.manifest.detached_at))
 
     # --- what the peer misses
 
-    def _missed(self, offset: int, length: int, error: Error) -> bool:
+    def missed(self, offset: int, length: int, error: Error) -> bool:
         """The filter: the peer did not get this range, or fails a flush. Whether it is written down."""
         missed, record = self._sender.missed, self.record
         missed.mark(offset, length)
+        if not length:
+            missed.complete = False  # a flush: nobody knows what it would have made durable there
+        self.healing.lost(error)
         if not record.manifest.outdated_at:
             self.open_gap(Error(error.kind, f"not forwarded: {error}"))
         elif record.unwritten or record.manifest.map_complete != missed.complete:
-            self._write_down(map_complete=missed.complete)
+            self.write_down(map_complete=missed.complete)
         refusal = None
         if record.unwritten:
             refusal = Error(
@@ -497,10 +553,10 @@ class Forwarding(PrimaryRole):
             return  # without a disk here the secondary misses nothing that anybody has
         self.record.note(str(error))
         log.error("%s: the secondary misses writes from now on: %s", self.name, error)
-        self._write_down(outdated_at=now(), map_complete=self._sender.missed.complete)
+        self.write_down(outdated_at=now(), map_complete=self._sender.missed.complete)
         self.replica.stage_changed()
 
-    def _write_down(self, **changes: object) -> None:
+    def write_down(self, **changes: object) -> None:
         """What could not be noted is said in the memory that outlives this process."""
         if not self.record.write_down(**changes) and self._sender.in_flight is not None:
             self._sender.in_flight.set_unknown()

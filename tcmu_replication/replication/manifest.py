@@ -24,6 +24,7 @@ which version wrote it. An older format is read, and becomes this one in one sav
     format 1    one place in a file of its own, `manifest.json`, replaced by rename
     format 2    two places, as above
     format 3    says which `version` of the software wrote it
+    format 4    knows of a resync
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from tcmu_replication.units import KiB
 
 log = logging.getLogger(__name__)
 
-FORMAT = 3
+FORMAT = 4
 """Raised with every change of a member, and of any other file of the directory."""
 
 NAME = "manifest"
@@ -79,7 +80,7 @@ class Manifest(msgspec.Struct, frozen=True, rename="kebab", forbid_unknown_field
     `paired`              of a secondary: its primary has been connected in this generation
     `verified`            both disks were compared, or vouched for, since start
     `suspect`             why the checkpoint may not be exact any more
-    `disk_error`          of a primary: why its disk may lack what was acknowledged
+    `disk_error`          why this host's disk may lack what was acknowledged, it is not known where
     `peer_disk_error`     of a secondary: the same of the primary's disk, as that has told
     `outdated_at`         of a secondary: since when the primary goes on without it
     `detached_at`         of a primary: since when only the peer has all that is written
@@ -87,6 +88,7 @@ class Manifest(msgspec.Struct, frozen=True, rename="kebab", forbid_unknown_field
     `superseded_at`       of a primary: when it heard that its peer was promoted
     `promoted_at`         of a secondary: when it was promoted
     `written_alone`       its LUN was written while nothing was replicated
+    `resync_since`        of a secondary: since when its disk is a mix, a resync having begun and not ended
     `last_forwarded`      of a secondary: about when the last forwarded write came
     """
 
@@ -116,6 +118,7 @@ class Manifest(msgspec.Struct, frozen=True, rename="kebab", forbid_unknown_field
     superseded_at: str = ""
     promoted_at: str = ""
     written_alone: bool = False
+    resync_since: str = ""
     last_forwarded: str = ""
     sequence: Count = 0
     version: str = __version__
@@ -139,7 +142,11 @@ def _from_2(found: dict[str, Any]) -> dict[str, Any]:
     return found | {"version": ""}
 
 
-UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1, 2: _from_2}
+def _from_3(found: dict[str, Any]) -> dict[str, Any]:
+    return found | {"resync-since": ""}
+
+
+UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1, 2: _from_2, 3: _from_3}
 """By format: the members as the next format has them."""
 
 

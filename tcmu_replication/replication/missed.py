@@ -23,6 +23,7 @@ from pathlib import Path
 from tcmu_replication.block import map_format
 from tcmu_replication.block.allocation_map import AllocationMap
 from tcmu_replication.block.bitmap import Bitmap
+from tcmu_replication.block.dirty import Dirty
 from tcmu_replication.block.file import File
 from tcmu_replication.block.node import Node
 from tcmu_replication.block.pending import Pending, attempt, gather, settle
@@ -39,13 +40,18 @@ UNDER_WAY = 16
 
 
 class Missed:
-    """The map at `path` of a disk of `length` bytes. Until `open` there is nothing in it."""
+    """The map at `path` of a disk of `length` bytes. Until `open` there is nothing in it.
+
+    `unmarked` counts the marks that could not be written.
+    """
 
     def __init__(self, path: Path, length: int) -> None:
         self.path = path
         self.complete = True
+        self.unmarked = 0
         self._length = length
         self._map: Bitmap | None = None
+        self._dirty: Dirty | None = None
         self._sending = False
         self._meanwhile: list[tuple[int, int]] = []  # marked while something was being sent
 
@@ -70,6 +76,13 @@ class Missed:
         # Before a manifest names it: without its header the next boot would refuse it.
         self._map.flush()
 
+    def dirty(self) -> Dirty:
+        """The map for a resync; what is marked from now on goes through that. Once it is open."""
+        assert self._map is not None
+        if self._dirty is None:
+            self._dirty = Dirty(self._map, self._length)
+        return self._dirty
+
     def mark(self, offset: int, length: int) -> bool:
         """The peer may miss this range. False, and `complete` is false from then on, if it could not be marked."""
         if length == 0:
@@ -80,11 +93,15 @@ class Missed:
         if self._sending:
             self._meanwhile.append(_blocks(offset, length))
         try:
-            self._map.mark(*_blocks(offset, length))
+            if self._dirty is not None:
+                self._dirty.mark(offset, length)
+            else:
+                self._map.mark(*_blocks(offset, length))
         except Error as error:
             if self.complete:
                 log.error("%s: the map of missed writes is not complete any more: %s", self.path, error)
             self.complete = False
+            self.unmarked += 1
         return self.complete
 
     def flush(self) -> None:
@@ -96,7 +113,7 @@ class Missed:
         """Close the map; what is marked stays. Twice is fine."""
         if self._map is not None:
             self._map.close()
-            self._map = None
+            self._map = self._dirty = None
 
     async def resend(self, disk: Node, peer: Node, stopped: Callable[[], bool]) -> None:
         """Send what is marked again, from `disk` to `peer`, until nothing is, or until `stopped()`.

@@ -94,6 +94,36 @@ class ControlPeer:
         arguments = {"epoch": epoch, "name": name, "settled": self._settled}
         return state_of(await self._call("peer-checkpoint", lambda protocol: arguments))
 
+    async def resync(self, name: str) -> bool:
+        """What the secondary misses will be sent; whether all must be compared first. Raises `Error`."""
+        answer = await self._call(
+            "peer-resync", self._since(3, {"generation": self._generation(), "name": name})
+        )
+        try:
+            return msgspec.convert(answer, schema.PeerResyncBegun).compare
+        except msgspec.ValidationError as error:
+            raise Error(
+                Kind.PEER_LIED, f"the secondary's answer is not how a resync begins: {one_line(str(error))}"
+            ) from error
+
+    async def resynced(self) -> None:
+        """All of it was sent, and nothing is under way. Raises `Error`."""
+        state_of(await self._call("peer-resynced", self._since(3, {"generation": self._generation()})))
+
+    def _since(self, lowest: int, arguments: dict[str, Any]) -> Arguments:
+        """The arguments of a command that is there from protocol `lowest` on."""
+
+        def checked(protocol: int) -> dict[str, Any]:
+            if protocol < lowest:
+                raise Error(
+                    Kind.UNSUPPORTED,
+                    f"the secondary speaks protocol {protocol}, and a resync needs {lowest}: upgrade tcmu-replication "
+                    "there",
+                )
+            return arguments
+
+        return checked
+
     async def digests(self, offset: int, length: int, piece: int) -> list[str]:
         """The digest of each piece of the range of its disk. Raises `Error`."""
         arguments = {"offset": offset, "length": length, "piece": piece}

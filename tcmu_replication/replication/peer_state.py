@@ -55,5 +55,11 @@ class Peer(Protocol):
     def checkpoint(self, epoch: int, name: str) -> Awaitable[PeerState]:
         """End `epoch` with the checkpoint `name`, once; the state after it."""
 
+    def resync(self, name: str) -> Awaitable[bool]:
+        """What it misses will be sent; its state before becomes the checkpoint `name`. Whether all must be compared."""
+
+    def resynced(self) -> Awaitable[None]:
+        """All of it was sent, and nothing is under way: it is in sync."""
+
     def digests(self, offset: int, length: int, piece: int) -> Awaitable[list[str]]:
         """A digest (see `jobs.compare`) of each piece of the range of its disk."""

@@ -18,8 +18,9 @@ from tcmu_replication.replication.stages import Stage
 from tcmu_replication.units import format_size
 
 Role = Literal["primary", "secondary"]
-Level = Literal["protected", "unprotected", "not-ready", "failed"]
-"""`not-ready`: the LUN answers NOT READY. `failed`: a disk has failed, and one host alone has the data."""
+Level = Literal["protected", "resyncing", "unprotected", "outdated", "not-ready", "failed"]
+"""`resyncing`: not protected, and that ends by itself. `outdated`: this host's disk is old. `not-ready`: the LUN
+answers NOT READY. `failed`: a disk has failed, and one host alone has the data."""
 
 
 class Facts(NamedTuple):
@@ -32,8 +33,9 @@ class Facts(NamedTuple):
     when the peer, and when this host, was promoted. `suspect`: why the checkpoint may
     be damaged. `comparing`: bytes done and in all of the comparison that a start
     begins. `resending_bytes`: what goes to the peer again after a crash.
-    `out_of_sync_bytes`: what the peer is known to miss, and `map_complete` that no more
-    is missed. `removed`: the replica was taken out of the mirror. `job`: the commit in
+    `verified`: both disks were equal once in this pairing. `resync`: of a primary how far one is that is
+    under way, of a secondary since when. `out_of_sync_bytes`: what the peer is known to miss, and
+    `map_complete` that no more is missed. `removed`: the replica was taken out of the mirror. `job`: the commit in
     words. `hangs`: the call of a disk that has not returned, and for how long.
     `link_state` is that of `schema.Link`. `checkpoint_under_way_since` is
     shown and changes no verdict.
@@ -57,6 +59,8 @@ class Facts(NamedTuple):
     outdated_since: str | None = None
     outdated_reason: str | None = None
     comparing: tuple[int, int] | None = None
+    verified: bool = True
+    resync: str | None = None
     resending_bytes: int = 0
     detached_since: str | None = None
     not_ready: str | None = None
@@ -104,13 +108,17 @@ def _secondary(facts: Facts) -> bool:
     return facts.role == "secondary"
 
 
-COPY = (
-    "stop the initiators of {name} and log them out. Then `tcmu-replication stop {name}` on {primary} and on "
-    "{secondary}, copy the whole disk of {primary} over that of {secondary}, and `tcmu-replication start {name}` on "
-    "{secondary}, then on {primary}; that compares both disks. Only then let the initiators in again. Each step is in "
-    "docs/status.md"
+AGAIN = (
+    "`tcmu-replication stop {name}` on {primary} and on {secondary}, then `tcmu-replication start {name}` on "
+    "{secondary}, then on {primary}, which compares both disks. If they differ: `tcmu-replication resync {name}` on "
+    "{primary} makes {secondary} equal to it. The LUN of {primary} is used meanwhile. Each step is in docs/status.md"
 )
-"""The only way back after a gap: there is no resync yet."""
+"""The way back where a resync does not begin by itself."""
+RESYNC = (
+    "bring back {secondary}, its worker and the link: it is then sent what it misses, while the LUN of {primary} is "
+    "used. "
+    '(Where the resource file says `resync = "manual"`: `tcmu-replication resync {name}` on {primary})'
+)
 START = (
     "`tcmu-replication start {name}` on {secondary}, then on {primary}. It compares both disks; if they differ it says "
     "so, and copies neither over the other"
@@ -196,11 +204,11 @@ TABLE: tuple[Row, ...] = (
     Row(
         "secondary-stopped-old",
         lambda f: _secondary(f) and f.stage is Stage.DONE and bool(f.outdated_since or f.error),
-        "unprotected",
+        "outdated",
         "replication is not running, and the disk of this host is old or damaged: {outdated}",
         ("outdated_since", "error_since"),
         "let no initiator use the LUN of this host, and keep {peer} serving. To make this host good again: "
-        + COPY,
+        + AGAIN,
     ),
     Row(
         "stopped",
@@ -227,21 +235,49 @@ TABLE: tuple[Row, ...] = (
         START,
     ),
     Row(
+        "primary-resyncing",
+        lambda f: _primary(f) and bool(f.resync),
+        "resyncing",
+        "{peer} is sent what it misses ({resync}); until that has ended this host alone has everything",
+        ("outdated_since",),
+        WAIT,
+    ),
+    Row(
+        "secondary-resyncing",
+        lambda f: _secondary(f) and bool(f.resync),
+        "resyncing",
+        "{peer} sends what is missing here; until that has ended the disk of this host is a mix, and only its "
+        "checkpoint is of one time",
+        ("resync",),
+        "wait; if {peer} is not connected, bring it back, and it goes on. If {peer} is gone for good: "
+        "`tcmu-replication failover {name} --to checkpoint` lets this host serve the state from before",
+    ),
+    Row(
+        "primary-unlike",
+        lambda f: _primary(f) and bool(f.outdated_since) and not f.verified,
+        "unprotected",
+        "nothing is forwarded: {outdated}",
+        ("outdated_since",),
+        "if the data of {host} is the one that counts: `tcmu-replication resync {name}` here makes {peer} equal to it, "
+        "while the LUN is used; what only {peer} has is lost. If the data of {peer} counts: "
+        "`tcmu-replication stop {name}` on both, and see docs/status.md",
+    ),
+    Row(
         "primary-outdated",
         lambda f: _primary(f) and bool(f.outdated_since),
         "unprotected",
         "what is written since then is on this host only: {outdated}",
         ("outdated_since",),
-        COPY,
+        RESYNC,
     ),
     Row(
         "secondary-outdated",
         lambda f: bool(f.outdated_since),
-        "unprotected",
+        "outdated",
         "this host is outdated: {outdated}",
         ("outdated_since",),
         "keep {peer} serving: a failover here would lose what it has written since then. To make this host good "
-        "again: " + COPY,
+        "again: " + RESYNC,
     ),
     Row(
         "primary-error",
@@ -249,7 +285,7 @@ TABLE: tuple[Row, ...] = (
         "unprotected",
         "{peer} may miss what is written here: {error}",
         ("error_since",),
-        COPY,
+        AGAIN,
     ),
     Row(
         "secondary-error",
@@ -258,7 +294,7 @@ TABLE: tuple[Row, ...] = (
         "what {peer} has written may be missing here: {error}",
         ("error_since",),
         "keep {peer} serving: a failover here may lose what it has written. To make this host good again: "
-        + COPY,
+        + RESYNC,
     ),
     Row(
         "peer-disk-error",
@@ -273,7 +309,7 @@ TABLE: tuple[Row, ...] = (
         lambda f: bool(f.suspect),
         "unprotected",
         "the checkpoint may be damaged: {suspect}",
-        advice="do not fail over to the checkpoint. To make the pair good again: " + COPY,
+        advice="do not fail over to the checkpoint. To make the pair good again: " + RESYNC,
     ),
     Row(
         "removed",
@@ -281,21 +317,21 @@ TABLE: tuple[Row, ...] = (
         "unprotected",
         "the replica was taken out of the mirror: nothing is forwarded",
         advice="put it back as it was taken out (x-blockdev-change over QMP). If that is refused, something was "
-        "written since: " + COPY,
+        "written since: " + AGAIN,
     ),
     Row(
         "map-incomplete",
         lambda f: not f.map_complete,
         "unprotected",
         "the disks differ, and it is not known where",
-        advice=COPY,
+        advice=AGAIN,
     ),
     Row(
         "out-of-sync",
         lambda f: f.out_of_sync_bytes > 0,
         "unprotected",
         "the disks differ in {missed}",
-        advice=COPY,
+        advice=AGAIN,
     ),
     Row(
         "primary-waiting",
@@ -351,14 +387,14 @@ TABLE: tuple[Row, ...] = (
     Row(
         "comparing",
         lambda f: f.comparing is not None,
-        "unprotected",
+        "resyncing",
         "both disks are being compared ({compared}); until that has ended nobody knows whether they are equal",
         advice=WAIT,
     ),
     Row(
         "resending",
         lambda f: f.resending_bytes > 0,
-        "unprotected",
+        "resyncing",
         "what the peer may have missed is being sent again, {resending} are left",
         advice=WAIT,
     ),
@@ -424,6 +460,7 @@ def _values(facts: Facts) -> dict[str, str]:
         "hangs": facts.hangs or "",
         "missed": format_size(facts.out_of_sync_bytes),
         "resending": format_size(facts.resending_bytes),
+        "resync": facts.resync or "",
         "compared": _part(facts.comparing),
     }
 

@@ -21,6 +21,7 @@ from tcmu_replication.block.remote import Remote
 from tcmu_replication.errors import Error, Kind
 from tcmu_replication.jobs.commit import Commit
 from tcmu_replication.jobs.compare import Compare
+from tcmu_replication.jobs.resync import Resync
 from tcmu_replication.replication.clock import now
 from tcmu_replication.replication.manifest import Manifest
 from tcmu_replication.replication.missed import Missed
@@ -31,6 +32,7 @@ from tcmu_replication.replication.record import Record
 from tcmu_replication.replication.role import Role, StartOptions
 from tcmu_replication.replication.sender import Sender
 from tcmu_replication.replication.stages import Action, Machine, Mode, Operation, Stage
+from tcmu_replication.units import format_size
 
 _BEGINS = frozenset({Action.ATTACH, Action.WATCH})
 """What the role of the next stage carries out, and not the present one."""
@@ -138,6 +140,21 @@ class Replica:
     def comparing(self) -> Compare | None:
         """The comparison of both disks, while it runs."""
         return self.role.comparing
+
+    @property
+    def resyncing(self) -> Resync | None:
+        """The resync, while it sends."""
+        return self.role.resyncing
+
+    @property
+    def resync_in_words(self) -> str | None:
+        """How far a resync is that this primary carries out; None if it carries out none."""
+        if not self.role.heals:
+            return None
+        job = self.role.resyncing
+        if job is None:
+            return "it begins"
+        return f"{format_size(job.left)} are left"
 
     @property
     def out_of_sync_bytes(self) -> int:
@@ -298,6 +315,7 @@ class Replica:
         assume_clean: bool = False,
         force: bool = False,
         discard: bool = False,
+        sync: bool = False,
     ) -> bool:
         """Begin to replicate; False if QEMU's rules ignore the command.
 
@@ -306,7 +324,9 @@ class Replica:
         """
         operation = Operation.START_AGAIN if again else Operation.START
         async with self._command():
-            return await self.role.start(operation, StartOptions(mode, compare, assume_clean, force, discard))
+            return await self.role.start(
+                operation, StartOptions(mode, compare, assume_clean, force, discard, sync)
+            )
 
     async def begin(self, operation: Operation, options: StartOptions) -> bool:
         """For the roles: carry out what begins another one."""
@@ -389,6 +409,25 @@ class Replica:
         """Return when no command is under way: what this end says then is not about to change."""
         async with self._command():
             self.receiver.settled += 1
+
+    async def resync(self) -> None:
+        """Send the secondary what it misses, on the operator's word. Returns when it has begun. Raises `Error`."""
+        async with self._command():
+            await self.role.resync()
+
+    async def begin_resync(self, generation: str, name: str) -> bool:
+        """The primary will send what this secondary misses: its disk is a mix until `end_resync`.
+
+        The state before becomes the checkpoint `name`, where that is a state that the primary had. True if
+        this host does not know where its disk may differ: then all has to be compared. Raises `Error`.
+        """
+        async with self._command():
+            return await self.role.begin_resync(generation, name)
+
+    async def end_resync(self, generation: str) -> None:
+        """Everything was sent, and nothing is under way: this disk has all again, durably. Raises `Error`."""
+        async with self._command():
+            await self.role.end_resync(generation)
 
     async def prepare_checkpoint(self, epoch: int) -> None:
         """Do now what the checkpoint that ends `epoch` would else do while requests are held."""

@@ -16,6 +16,7 @@ from tcmu_replication.block.mirror import Failure
 from tcmu_replication.block.node import Node
 from tcmu_replication.errors import Error, Kind
 from tcmu_replication.jobs.compare import Compare
+from tcmu_replication.jobs.resync import Resync
 from tcmu_replication.replication.stages import Mode, Operation
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ class StartOptions(NamedTuple):
     whole, by hash, behind it; until then the pair is not in sync. `assume_clean`: whoever asks vouches
     that they are equal, which is refused where anything here says otherwise. `force`: this host's disk is
     the one that counts, although it waits for the peer's word, or was superseded. `discard`: what was
-    written to this host's LUN since its promotion, or since replication ended, may be lost.
+    written to this host's LUN since its promotion, or since replication ended, may be lost. `sync`: the
+    secondary is made equal to this primary, whatever it has.
     """
 
     mode: Mode
@@ -42,12 +44,15 @@ class StartOptions(NamedTuple):
     assume_clean: bool = False
     force: bool = False
     discard: bool = False
+    sync: bool = False
 
 
 class Role:
     """The base: what no role does. Commands come one at a time, through the `replica`."""
 
     comparing: Compare | None = None
+    resyncing: Resync | None = None
+    heals: bool = False
     removed: bool = False
     forwards: bool = False
 
@@ -94,6 +99,20 @@ class Role:
     async def add_replica(self) -> None:
         """Put it back. Raises `Error(INVALID_STATE)`."""
         raise Error(Kind.INVALID_STATE, f"no replica of {self.name} was removed")
+
+    async def resync(self) -> None:
+        """Send the secondary what it misses, on the operator's word. Raises `Error(INVALID_STATE)`."""
+        raise Error(
+            Kind.INVALID_STATE, f"this host forwards nothing of {self.name}: there is nothing to resync"
+        )
+
+    async def begin_resync(self, generation: str, name: str) -> bool:
+        """The primary will send what this host misses. Raises `Error(CONFLICT)` if it is not its secondary."""
+        raise Error(Kind.CONFLICT, f"this host is no running secondary of {self.name}")
+
+    async def end_resync(self, generation: str) -> None:
+        """All of it was sent. Raises `Error(CONFLICT)` if no resync is under way here."""
+        raise Error(Kind.CONFLICT, f"this host is no running secondary of {self.name}")
 
     async def prepare_epoch(self) -> None:
         """Do now what the next checkpoint would else do while requests are held."""

@@ -60,10 +60,13 @@ class SecondaryRole(Role):
     def disk_lost(self, error: Error) -> None:
         """A sync of the disk failed: acknowledged writes may be on no medium."""
         reason = f"this host's disk could not make writes durable: {error}. Forwarded writes may be lost here"
-        if self.replica.receiver.durable:  # each block that may be lost was saved before it was overwritten
-            self.lost(reason)
-        else:
-            self.lost(reason, suspect=self.record.manifest.suspect or reason)
+        manifest = self.record.manifest
+        changes: dict[str, object] = {"disk_error": manifest.disk_error or reason}
+        if (
+            not self.replica.receiver.durable
+        ):  # else each block that may be lost was saved before it was overwritten
+            changes["suspect"] = manifest.suspect or reason
+        self.lost(reason, **changes)
 
     def overlay_lost(self, error: Error) -> None:
         """A sync of an overlay failed: the checkpoint and own writes may be on no medium."""

@@ -36,7 +36,8 @@ class Sender:
     told every second, over `beats`, and before this host serves after it went down; without
     one (the peer is QEMU) nobody can be asked. `in_flight` is where writes under way
     are noted: best on a file system in memory, since a store into a page of a disk that
-    hangs would stop the whole process. `failed` hears of what failed below the mirror.
+    hangs would stop the whole process. `failed` hears of what failed below the mirror. `heals`:
+    a secondary that misses writes is sent them as soon as it is heard again.
     """
 
     def __init__(
@@ -52,7 +53,9 @@ class Sender:
         beats: Peer | None = None,
         wait_after_crash: bool = True,
         in_flight: Path | None = None,
+        heals: bool = True,
     ) -> None:
+        self.heals = heals
         self.connect = connect
         self.peer = peer
         self.beats = beats or peer

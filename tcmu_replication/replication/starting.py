@@ -73,9 +73,9 @@ async def probe(replica: Replica, remote: Remote) -> None:
         if replica.disk.fetch(offset, size) != theirs:
             raise Error(
                 Kind.MISCOMPARE,
-                f"the disks of {replica.name} differ. Stop the initiators, copy this host's disk to the "
-                "secondary's, and start both again; nothing may write to this LUN from the copy's beginning "
-                "until start has ended",
+                f"the disks of {replica.name} differ. If this host's data is the one that counts, and what only the "
+                "secondary has may be lost: start with --sync-from and the name of this host, which makes the "
+                "secondary equal while the LUN is used",
                 offset=offset,
                 length=size,
             )

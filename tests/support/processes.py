@@ -84,8 +84,8 @@ class Worker:
         lines += ["[nbd]", *_lines({"listen": f"unix:{self.socket}"})]
         return "\n".join(lines) + "\n"
 
-    def set_link(self, key: str, value: object) -> None:
-        """Give `key` of this host's [link] another value; true from the next start on."""
+    def set(self, key: str, value: object) -> None:
+        """Give `key`, which is there once, another value in this host's file; true from the next start on."""
         path = self.directory / "etc/disk0.toml"
         lines = path.read_text().splitlines()
         (at,) = (number for number, line in enumerate(lines) if line.startswith(f"{key} = "))
@@ -173,9 +173,7 @@ class Worker:
     def status(self) -> dict:
         """`status disk0 --json`, protected or not."""
         done = self.cli("status", "disk0", "--json", check=False)
-        assert done.returncode in (0, exits.UNPROTECTED), (
-            f"{done.stdout}{done.stderr}\n{self.log.read_text()}"
-        )
+        assert done.returncode in exits.WORST_FIRST, f"{done.stdout}{done.stderr}\n{self.log.read_text()}"
         return json.loads(done.stdout)
 
     def io(self, *commands: str, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -209,6 +207,7 @@ class Pair:
     Without them the link has a shared secret, unless `secrets`, by host, or `trust` of `link` says otherwise.
     `port` is where the secondary serves NBD, `control_port` where it takes peer commands. With `relayed` the
     primary looks for them elsewhere: `relayed` says for each such port where it has to lead (see `network`).
+    A resync is `manual` unless it is said otherwise: most stories look at what is before it.
     """
 
     def __init__(
@@ -226,6 +225,7 @@ class Pair:
         self.control_port = free_port()
         ports = {"port": self.port, "control-port": self.control_port}
         self.relayed = {free_port(): port for port in ports.values()} if relayed else {}
+        resource.setdefault("resync", "manual")
         document = {"name": "disk0", "size": size, **{k.replace("_", "-"): v for k, v in resource.items()}}
         if secrets is None:
             secrets = {} if certificates or "trust" in (link or {}) else dict.fromkeys(HOSTS, SECRET)

@@ -299,6 +299,26 @@ def test_what_the_secondary_missed_is_known_and_refused(tmp_path: Path, seed: in
             story.fail_over(rng.choice(("latest", "checkpoint")))
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_pair_heals_whoever_failed_and_how_often(tmp_path: Path, seed: int) -> None:
+    rng = random.Random(f"heal {seed}")
+    with (
+        Pair(tmp_path, size=SIZE, link=HASTY, relayed=True, resync="automatic") as pair,
+        Network(pair.relayed) as network,
+    ):
+        pair.replicate()
+        story = Story(rng, pair, network)
+        for _ in range(ROUNDS):
+            for _ in range(rng.choice((1, 1, 2, 3))):  # the next one may find a resync under way
+                story.round(SHORT)
+            wait_until(
+                lambda: all(worker.status()["protection"]["protected"] for worker in (pair.alpha, pair.beta)),
+                (story.told, "healed"),
+            )
+            assert first_difference(pair.beta.disk.read_bytes(), story.settled()) is None, story.told
+        story.fail_over("latest")
+
+
 def refused(story: Story) -> None:
     """The latest is not there, and the secondary says so; the checkpoint is."""
     alpha, beta = story.pair.alpha, story.pair.beta

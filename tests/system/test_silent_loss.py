@@ -154,7 +154,7 @@ def test_d11_checkpoint_that_was_given_up_is_never_made_of_later_writes(tmp_path
         Relay("127.0.0.2", ("127.0.0.2", pair.control_port), "127.0.0.1") as relay,
     ):
         pair.alpha.stop()
-        pair.alpha.set_link("control-port", relay.port)
+        pair.alpha.set("control-port", relay.port)
         pair.alpha.start()
         pair.replicate()
         pair.alpha.io("write -P 0x11 0 1M")

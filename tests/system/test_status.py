@@ -27,7 +27,7 @@ def test_pair_whose_secondary_is_gone_is_not_protected_though_no_error_is_record
         told = pair.alpha.cli("errors", "disk0", check=False)
         assert told.returncode == exits.FAILED
         assert "disk0: NOT PROTECTED" in told.stdout
-        assert "copy the whole disk of alpha over that of beta" in told.stdout
+        assert "bring back beta" in told.stdout
         down = pair.beta.cli("status", check=False)
         assert down.returncode == exits.ABSENT
         assert "disk0: DOWN: nobody serves" in down.stdout

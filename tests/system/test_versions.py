@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tcmu_replication import __version__
+from tcmu_replication.control.protocol import SPOKEN
 from tcmu_replication.units import MiB
 from tests.support import protocol_2
 from tests.support.processes import Pair
@@ -131,11 +132,14 @@ def test_hosts_of_one_version_show_each_others(tmp_path: Path) -> None:
         pair.replicate()
         for worker, peer in ((pair.alpha, "beta"), (pair.beta, "alpha")):
             assert worker.status()["peer-software"] == {
-                "protocol": 2,
+                "protocol": SPOKEN.highest,
                 "version": __version__,
                 "refusal": None,
             }
-            assert f"{peer}, version {__version__}, protocol 2" in worker.cli("status", "disk0").stdout
+            assert (
+                f"{peer}, version {__version__}, protocol {SPOKEN.highest}"
+                in worker.cli("status", "disk0").stdout
+            )
 
 
 class Later(protocol_2.Secondary):
@@ -149,7 +153,7 @@ class Later(protocol_2.Secondary):
 
 
 NONE_IN_COMMON = (
-    f"the hosts have no protocol in common: {{me}} (version {__version__}) speaks protocol 2, {{peer}} (version 7.8.9) "
+    f"the hosts have no protocol in common: {{me}} (version {__version__}) speaks {SPOKEN}, {{peer}} (version 7.8.9) "
     "speaks protocols 7 to 9; upgrade tcmu-replication on {me}"
 )
 
@@ -184,7 +188,7 @@ def test_primary_of_a_version_without_a_common_protocol_is_refused_and_changes_n
         with protocol_2.Primary("127.0.0.1", "127.0.0.2", pair.control_port) as later:
             mine = '{"lowest":7,"highest":9,"version":"7.8.9"}'
             theirs = json.loads(later.ask("peer-greet", mine))["return"]
-            assert theirs == {"lowest": 2, "highest": 2, "version": __version__}
+            assert theirs == {"lowest": SPOKEN.lowest, "highest": SPOKEN.highest, "version": __version__}
             said = NONE_IN_COMMON.format(me="beta", peer="alpha")
             hello = later.ask("peer-hello", '{"resource":"disk0","protocol":7}')
             assert json.loads(hello)["error"]["desc"] == said

@@ -338,6 +338,22 @@ UNSAFE = schema.Protection(
 )
 
 
+@pytest.mark.parametrize(
+    ("levels", "status_of_all"),
+    [
+        (["protected", "resyncing"], exits.RESYNCING),
+        (["resyncing", "unprotected"], exits.UNPROTECTED),
+        (["failed", "protected"], exits.UNPROTECTED),
+        (["unprotected", "outdated"], exits.OUTDATED),
+    ],
+)
+def test_status_tells_the_worst_of_all(workers: Workers, levels: list[str], status_of_all: int) -> None:
+    for number, level in enumerate(levels):
+        protection = schema.Protection(protected=level == "protected", level=level, words="as it is")
+        workers.serve(f"disk{number}", query_status=status(resource=f"disk{number}", protection=protection))
+    assert command("status").exit_code == status_of_all
+
+
 @pytest.mark.parametrize("arguments", [["disk0"], ["disk0", "--json"], [], ["--json"]])
 def test_status_is_0_only_when_all_that_is_shown_is_protected(workers: Workers, arguments: list[str]) -> None:
     """An unprotected pair was `running`, green, exit status 0."""

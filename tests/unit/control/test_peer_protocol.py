@@ -18,7 +18,7 @@ from tests.support import protocol_2
 
 TEXT = (Path(__file__).parents[3] / "docs/peer-protocol.md").read_text()
 COMMANDS = {name: row for name, row in schema.COMMANDS.items() if row.privilege is PEER}
-SAME_ANSWER = {"peer-checkpoint": "peer-hello"}
+SAME_ANSWER = {"peer-checkpoint": "peer-hello", "peer-resynced": "peer-hello"}
 
 WORDS = {
     r"^[ -~]*\Z": "text",

@@ -25,7 +25,15 @@ def test_rows_are_found_by_their_names() -> None:
 
 def test_a_peer_may_only_what_a_peer_needs() -> None:
     allowed = {name for name, row in COMMANDS.items() if row.privilege is Privilege.PEER}
-    assert allowed == {"peer-greet", "peer-hello", "peer-prepare", "peer-checkpoint", "peer-digests"}
+    assert allowed == {
+        "peer-greet",
+        "peer-hello",
+        "peer-prepare",
+        "peer-checkpoint",
+        "peer-digests",
+        "peer-resync",
+        "peer-resynced",
+    }
 
 
 def test_stages_are_those_of_the_replication_table() -> None:

@@ -112,6 +112,8 @@ def test_peer_gets_peer_commands_only(name: str) -> None:
         "peer-prepare": {"epoch": 1},
         "peer-checkpoint": {"epoch": 1, "name": "a", "settled": 0},
         "peer-digests": {"offset": 0, "length": 4096, "piece": 4096},
+        "peer-resync": {"generation": "a", "name": "b"},
+        "peer-resynced": {"generation": "a"},
     }
     line = json.dumps({"execute": name, "arguments": arguments.get(name, {})}).encode()
     answer = make(Privilege.PEER).receive(line)
@@ -148,8 +150,10 @@ def test_schema_lists_the_events_that_may_come() -> None:
 
 def test_query_commands_lists_what_can_be_called() -> None:
     names = {row["name"] for row in reply(make(Privilege.PEER), {"execute": "query-commands"})["return"]}
-    peers = {"peer-greet", "peer-hello", "peer-prepare", "peer-checkpoint", "peer-digests"}
+    peers = {name for name, row in COMMANDS.items() if row.privilege is Privilege.PEER}
     assert names == {*SESSION_COMMANDS, *peers}
+    assert "peer-hello" in names
+    assert "start" not in names
 
 
 @pytest.mark.parametrize("message", [b"garbage", b"[]", b"{]", b'{"a":"\xff"}'])

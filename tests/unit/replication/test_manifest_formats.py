@@ -106,10 +106,11 @@ def test_every_older_format_has_a_step_to_the_next(number: int) -> None:
     assert number in manifests.UPGRADES
 
 
-def test_format_2_is_what_it_was() -> None:
+def test_formats_are_what_they_were() -> None:
     """A member more, or less, is another format: raise FORMAT and give UPGRADES a row. See docs/on-disk.md."""
-    assert {*MEMBERS_OF_2, "version"} == set(Manifest.__struct_encode_fields__), (
-        "the members are not those of format 3: raise FORMAT, give UPGRADES a row, keep what 3 was here"
+    since = {"version": 3, "resync-since": 4}
+    assert {*MEMBERS_OF_2, *since} == set(Manifest.__struct_encode_fields__), (
+        "the members are not those of format 4: raise FORMAT, give UPGRADES a row, keep what 4 was here"
     )
 
 

@@ -200,7 +200,7 @@ def test_start_refuses_disks_that_differ_until_told_to(site):
         with pytest.raises(Error) as refused:
             await site.engine.start(Mode.PRIMARY)
         assert refused.value.kind is Kind.MISCOMPARE
-        assert "copy this host's disk" in str(refused.value)
+        assert "--sync-from" in str(refused.value)
         assert site.engine.stage is Stage.NONE
         assert await site.engine.start(Mode.PRIMARY, again=True, assume_clean=True)
 
