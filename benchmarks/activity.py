@@ -40,6 +40,8 @@ DISK = 4 * TARGET
 BLOCK, DEPTH = 4 * KiB, 32
 FLUSH_S = 1.0
 """How often it is flushed."""
+WARM_UP = 4
+"""A part of the work goes before: the log needs some syncs, about 20, until it has caught up with such a load."""
 
 
 def measure(turn: Turn) -> Iterator[Sample]:
@@ -69,8 +71,10 @@ async def _measure(folder: Path, path: Path | None, seed: int, count: int) -> tu
         below = log = ActivityLog(mirror, path, offload=offload)
         await settle(log.clear())
     try:
+        top = Gate(below)
+        await _write(top, -1 - seed, count // WARM_UP)
         began, used = time.perf_counter(), time.process_time()
-        await _write(Gate(below), seed, count)
+        await _write(top, seed, count)
         return count / (time.perf_counter() - began), 1e6 * (time.process_time() - used) / count
     finally:
         remote.close()

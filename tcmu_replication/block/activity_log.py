@@ -18,8 +18,8 @@ should cover:
   is decided when a flush is asked for anyway, at most once in TURN_S, and what
   was written since the flush before last does not leave.
 - The log may keep writes waiting for SHARE of the time, BURST_S of it at once. In
-  debt, the neighbours of a missed extent become hot with it, twice as many with
-  each update, so that a few updates are enough for any disk; and nothing leaves.
+  debt, the neighbours of a missed extent become hot with it, four times as many
+  with each update, so that a few updates are enough for any disk; and nothing leaves.
 - Where a write continues a run that was missed before, the run ahead is named with
   it, up to STREAM extents.
 
@@ -54,7 +54,7 @@ TARGET = 1 * GiB
 
 SHARE = 0.02
 """The part of the time that writes may wait for the log, over time."""
-BURST_S = 0.05
+BURST_S = 0.02
 """So much of it at once. It is saved up while nothing waits."""
 DEBT_S = 1.0
 """More is not owed, however slow an update was: extents leave again after DEBT_S / SHARE at the latest."""
@@ -66,6 +66,8 @@ STREAMS = 64
 """So many runs are remembered that a write may continue."""
 LEAVING = 4096
 """So many runs leave at a time: a few milliseconds."""
+MANY = 64
+"""So many writes that have ended are remembered, and as many as are under way."""
 OVERDUE_S = 30.0
 """Where nobody flushes for so long, and more is hot than the target, somebody should. See `overdue`."""
 
@@ -74,21 +76,6 @@ NOW = 8
 _IDLE = {age: re.compile(bytes([age]) + b"+") for age in range(1, NOW - 1)}
 """The ages of what was written neither in the turn that ends now nor in the one before, and what finds a run of it."""
 _OLDER = bytes([0, 1, *range(1, 255)])
-
-
-class _Turn:
-    """From one flush at which extents may leave to the next: the writes that began and have not ended."""
-
-    __slots__ = ("failed", "under_way")
-
-    def __init__(self) -> None:
-        self.under_way = 0
-        self.failed: Error | None = None
-
-    def ended(self, write: Pending) -> None:
-        self.under_way -= 1
-        if write.error is not None:
-            self.failed = write.error
 
 
 class _Update:
@@ -152,8 +139,10 @@ class ActivityLog(Node):
         self._streams: dict[int, int] = {}
         self._credit_s = BURST_S
         self._began_s = self._earned_s = self._turned_s = self._flushed_s = clock()
-        self._turn, self._before = _Turn(), _Turn()
-        self._ended = self._turn.ended
+        # The writes that began in this turn, and those before it that had not ended at its begin; some have by now.
+        self._begun: list[Pending] = []
+        self._before: list[Pending] = []
+        self._many = MANY
         self._turning = False
         self._failed: Error | None = None
         self._age(self._file.runs(), NOW)
@@ -190,7 +179,8 @@ class ActivityLog(Node):
         self._age(self._file.runs(), 0)
         self._file.clear()
         self._streams.clear()
-        self._failed = self._turn.failed = self._before.failed = None
+        self._sift()
+        self._failed = None
         self._everything, self._settled = False, True
         update = self._gathering = _Update(forced=True)
         if not self._storing:
@@ -220,17 +210,20 @@ class ActivityLog(Node):
         """See `Node.write`. Raises the log's `Error` where the write cannot be written down."""
         length = len(buffers[0]) if len(buffers) == 1 else size(buffers)
         extent = offset >> SHIFT
-        if not self._ages[extent] or offset + length > (extent + 1) << SHIFT:
+        age = self._ages[extent]
+        if not age or offset + length > (extent + 1) << SHIFT:
             return self._pass(offset, length, partial(self.child.write, offset, buffers, fua))
-        self._ages[extent] = NOW
+        if age != NOW:
+            self._ages[extent] = NOW
         try:
             pending = self.child.write(offset, buffers, fua)
         except Error as error:
             self._failed = error
             raise
         if pending is not None:
-            self._turn.under_way += 1
-            pending.then(self._ended)
+            self._begun.append(pending)
+            if len(self._begun) > self._many:
+                self._sift()
         return pending
 
     def zero(self, offset: int, length: int, fua: bool = False, unmap: bool = True) -> Pending | None:
@@ -277,8 +270,9 @@ class ActivityLog(Node):
             self._failed = error
             raise
         if pending is not None:
-            self._turn.under_way += 1
-            pending.then(self._ended)
+            self._begun.append(pending)
+            if len(self._begun) > self._many:
+                self._sift()
         return pending
 
     def _wait(self, first: int, last: int) -> Pending:
@@ -328,7 +322,7 @@ class ActivityLog(Node):
         self._began_s = self._earn()
         if update is not None and update.named:
             widest = 1 << len(self._ages).bit_length()
-            self._width = min(2 * self._width, widest) if self._credit_s < 0 else -(-self._width // 2)
+            self._width = min(4 * self._width, widest) if self._credit_s < 0 else -(-self._width // 4)
         error, stored = attempt(
             self._offload,
             partial(self._file.store, pieces, sync=update is not None),
@@ -397,11 +391,10 @@ class ActivityLog(Node):
     def _begin_turn(self) -> bool:
         """A flush is about to be asked for: whether extents may leave when it has succeeded."""
         now = self._earn()
-        # Those that began before the last turn have ended now, so this flush covers them.
-        self._failed = self._failed or self._turn.failed or self._before.failed
+        self._sift()
         if (
             self._turning
-            or self._before.under_way
+            or self._before  # else all that began before the last turn has ended, and this flush covers it
             or self._credit_s < 0
             or now - self._turned_s < TURN_S
             or not self._settled
@@ -411,11 +404,19 @@ class ActivityLog(Node):
             or self.hot_bytes <= self._target
         ):
             return False
-        self._before, self._turn = self._turn, _Turn()
-        self._ended = self._turn.ended
+        self._before, self._begun = self._begun, []
         self._ages[:] = self._ages[:].translate(_OLDER)
         self._turning, self._turned_s = True, now
         return True
+
+    def _sift(self) -> None:
+        """Forget the writes that have ended; that one has failed is remembered. Cheaper than to look for each end."""
+        for write in self._begun + self._before:
+            if write.error is not None:
+                self._failed = write.error
+        self._begun = [write for write in self._begun if not write.done]
+        self._before = [write for write in self._before if not write.done]
+        self._many = 2 * len(self._begun) + MANY
 
     def _flushed(self, error: Error | None, turned: bool) -> None:
         """A flush has ended, and it was asked for as `turned` says."""

@@ -763,3 +763,16 @@ def test_close_during_a_store_waits_for_it(chain):
     assert write.done
     chain.log.close()
     assert chain.in_file() == [1]
+
+
+def test_writes_that_have_ended_are_not_remembered_without_end(chain):
+    """Nobody flushes for long, and thousands of writes end, one of which failed: that is not forgotten with them."""
+    chain.heat(1)
+    chain.below.later = True
+    for number in range(1000):
+        chain.write(1)
+        error = Error(Kind.IO, "write fails") if number == 10 else None
+        chain.below.waiting.pop().complete(error)
+    chain.below.later = False
+    chain.turns(10)
+    assert chain.hot() == [1]
