@@ -30,6 +30,8 @@ SPAN = 4 * MiB
 """Hashed at once. More would keep the LUN held for longer where a span has to be compared again."""
 AHEAD = 4
 """So many spans are under way."""
+ASKED = 512
+"""So many digests are asked for at once: a message of the control channel takes 64 KiB, and each has 67 characters."""
 RETRY_S = 1.0
 """The pause before a peer that did not answer is asked again."""
 DIGEST_SIZE = 32
@@ -120,11 +122,16 @@ class Compare(Job):
     async def _both(self, offset: int, length: int, piece: int) -> tuple[list[str], list[str]]:
         # Ours first: what is equal to it later is equal to what it has become, too.
         mine = await digests(self._mine, offset, length, piece, self._threads)
-        theirs = await self._theirs(offset, length, piece)
-        if len(theirs) != len(mine):
-            raise Error(
-                Kind.PEER_LIED, f"the peer answered {len(theirs)} hashes of {length} bytes, not {len(mine)}"
-            )
+        theirs: list[str] = []
+        for at in range(offset, offset + length, ASKED * piece):
+            asked = min(ASKED * piece, offset + length - at)
+            found = await self._theirs(at, asked, piece)
+            if len(found) != -(-asked // piece):
+                raise Error(
+                    Kind.PEER_LIED,
+                    f"the peer answered {len(found)} hashes of {asked} bytes, not {-(-asked // piece)}",
+                )
+            theirs += found
         return mine, theirs
 
     def _blocks(self, offset: int, length: int, mine: list[str], theirs: list[str]) -> None:

@@ -180,9 +180,17 @@ def test_long_cut_of_the_link_leaves_the_primary_serving(
     state = replicated.status(replicated.primary)
     assert state["error"]
     assert state["out-of-sync-bytes"] > 0
+    network.heal()
+    again = load.start(lun.host, lun.device, size="64M")
+    replicated.heal()
+    again.wait(LOAD_S)
+    assert_both_luns_are_the_same(replicated)
 
 
-def test_power_loss_of_the_secondary_keeps_its_checkpoint(replicated: Pair, lun: target.Loop) -> None:
+def test_power_loss_of_the_secondary_keeps_its_checkpoint(
+    replicated: Pair, lun: target.Loop, pairs: list[Pair]
+) -> None:
+    pairs.clear()  # one of its hosts will have lost its backstore
     load.start(lun.host, lun.device, size="8M").wait(LOAD_S)
     replicated.command(replicated.primary, "checkpoint")
     at_checkpoint = whole(replicated.primary, replicated.primary.device("data"))
@@ -201,6 +209,10 @@ def test_power_loss_of_the_secondary_keeps_its_checkpoint(replicated: Pair, lun:
         target.Loop(backstore) as loop,
     ):
         assert whole(secondary, loop.device) == at_checkpoint
+        replicated.heal()
+        written = whole(replicated.primary, replicated.primary.device("data"))
+        assert whole(secondary, secondary.device("data")) == written
+        assert whole(secondary, loop.device) == written
 
 
 def test_full_overlay_disk_leaves_the_checkpoint_intact(replicated: Pair, lun: target.Loop) -> None:
@@ -214,6 +226,26 @@ def test_full_overlay_disk_leaves_the_checkpoint_intact(replicated: Pair, lun: t
     assert replicated.status(replicated.primary)["error"]
     with target.Loop(replicated.backstores[secondary.name]) as loop:
         assert whole(secondary, loop.device) == at_checkpoint
+    secondary.run(f"rm {pair.STATE}/filler")
+    replicated.heal()
+    assert_both_luns_are_the_same(replicated)
+
+
+def test_primary_that_lost_power_is_compared_with_its_secondary_and_is_whole_again(
+    replicated: Pair, pairs: list[Pair]
+) -> None:
+    pairs.clear()  # one of its hosts will have lost its backstore
+    primary, secondary = replicated.primary, replicated.secondary
+    lun = target.Loop(replicated.backstores[primary.name])  # it goes with the power
+    load.start(lun.host, lun.device)
+    load.wait_for_writes(lun.host, lun.device)
+    primary.restart()
+    replicated.start_daemon(primary)
+    primary.wait_until(f"{pair.PROGRAM} status {pair.NAME} --json | grep -q '\"not-ready\": null'")
+    assert "went down without a clean stop" in replicated.status(primary)["error"]
+    replicated.heal()
+    written = whole(primary, primary.device("data"))
+    assert whole(secondary, secondary.device("data")) == written
 
 
 def test_primary_that_lost_power_is_not_ready_until_its_peer_has_spoken(replicated: Pair, lab: Lab) -> None:

@@ -1,5 +1,7 @@
 """A pair heals by itself: after an outage of the link, and after the end of either host, nobody copies a disk."""
 
+import random
+
 import pytest
 
 from tcmu_replication.units import MiB
@@ -88,7 +90,7 @@ def test_writes_during_a_resync_are_on_both_hosts(pair):
 def test_new_secondary_is_made_equal_on_the_operators_word_alone(pair):
     until(lambda: pair.alpha.status()["not-ready"] is None, "beta has said that it knows of no pair")
     pair.alpha.io("write -P 0x11 32M 8M", "write -P 0x12 0 4k")
-    pair.beta.disk.write_bytes(b"old data" * 1000 + bytes(SIZE - 8000))
+    pair.beta.disk.write_bytes(b"old data" + random.randbytes(SIZE - 8))
     pair.beta.cli("start", "disk0")
     refused = pair.alpha.cli("start", "disk0", check=False)
     assert "--sync-from" in refused.stderr
