@@ -223,6 +223,7 @@ def job_line(job: dict[str, Any]) -> str:
     part = done / whole if whole else 1.0
     bar = ("#" * int(part * BAR)).ljust(BAR, "-")
     speed = f", {format_size(job['speed'])}/s" if job["speed"] else ""
+    speed += f", {job['seconds-left']:.0f} s left" if job.get("seconds-left") is not None else ""
     error = f": {job['error']}" if job.get("error") else ""
     sizes = f"{format_size(done)} of {format_size(whole)}"
     return f"{job['type']} [{bar}] {int(part * 100):3d} %  {sizes}{speed}, {job['status']}{error}"

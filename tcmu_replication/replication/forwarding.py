@@ -144,6 +144,7 @@ class Forwarding(PrimaryRole):
             disk_error=None if verified else self.record.manifest.disk_error,
             map_complete=True,
             written_alone=False,
+            controlled=operation is Operation.START,
         )
         self._attach(remote, None)
 

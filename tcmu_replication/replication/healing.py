@@ -9,7 +9,8 @@
     checkpoint       of the pair
 
 It begins by itself when the peer is heard again, as long as both disks were known to be equal once in this
-pairing: before that it takes the operator's word that this host's data is the one that counts. What cannot
+pairing: before that it takes the operator's word that this host's data is the one that counts. Nor where a
+controller has started replication: a resync moves the checkpoint, to which the machine's memory belongs. What cannot
 be done now is tried again later. All that it needs is in the map and the record, so it goes on where it was,
 whoever died. The link that it began with is the only one: after another the secondary is asked anew, which
 may have lost power meanwhile.
@@ -60,7 +61,8 @@ class Healing:
     def consider(self) -> None:
         """The secondary was heard, and is ours: begin, if there is something to do and nothing is against it."""
         now = asyncio.get_running_loop().time()
-        if self._automatic and now >= self._not_before and not self.under_way and self._obstacle() is None:
+        automatic = self._automatic and not self._role.record.manifest.controlled
+        if automatic and now >= self._not_before and not self.under_way and self._obstacle() is None:
             self._begin()
 
     def begin_by_hand(self) -> None:

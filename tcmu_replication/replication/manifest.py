@@ -24,7 +24,7 @@ which version wrote it. An older format is read, and becomes this one in one sav
     format 1    one place in a file of its own, `manifest.json`, replaced by rename
     format 2    two places, as above
     format 3    says which `version` of the software wrote it
-    format 4    knows of a resync
+    format 4    knows of a resync, and of a controller
 """
 
 from __future__ import annotations
@@ -89,6 +89,7 @@ class Manifest(msgspec.Struct, frozen=True, rename="kebab", forbid_unknown_field
     `promoted_at`         of a secondary: when it was promoted
     `written_alone`       its LUN was written while nothing was replicated
     `resync_since`        of a secondary: since when its disk is a mix, a resync having begun and not ended
+    `controlled`          of a primary: a controller started it, and it alone says when there is a checkpoint
     `last_forwarded`      of a secondary: about when the last forwarded write came
     """
 
@@ -119,6 +120,7 @@ class Manifest(msgspec.Struct, frozen=True, rename="kebab", forbid_unknown_field
     promoted_at: str = ""
     written_alone: bool = False
     resync_since: str = ""
+    controlled: bool = False
     last_forwarded: str = ""
     sequence: Count = 0
     version: str = __version__
@@ -143,7 +145,7 @@ def _from_2(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_3(found: dict[str, Any]) -> dict[str, Any]:
-    return found | {"resync-since": ""}
+    return found | {"resync-since": "", "controlled": False}
 
 
 UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1, 2: _from_2, 3: _from_3}

