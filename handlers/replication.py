@@ -20,7 +20,7 @@ import logging
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import tcmu_replication
 from tcmu_replication.block import space
@@ -43,6 +43,7 @@ from tcmu_replication.frontend.link_server import LinkServer
 from tcmu_replication.frontend.nbd import Export
 from tcmu_replication.frontend.nbd import Server as NbdServer
 from tcmu_replication.jobs.compare import digests
+from tcmu_replication.jobs.job import Job
 from tcmu_replication.nbd.uri import Tcp, Unix
 from tcmu_replication.qemu import colo, tables
 from tcmu_replication.qemu.colo import ControllersCheckpoint, ControllersStart
@@ -509,18 +510,7 @@ class PrimaryBackstore(PairBackstore):
         job = self.engine.resyncing
         if job is None:
             return []
-        return [
-            schema.Job(
-                id=job.name,
-                type=job.kind,
-                offset=job.offset,
-                length=job.length,
-                speed=int(job.rate),
-                status=job.status.value,
-                error=job.waits,
-                seconds_left=job.time_left_s,
-            )
-        ]
+        return [_job(job, job.rate, error=job.waits, seconds_left=job.time_left_s)]
 
     def _facts(self) -> Facts:
         engine = self.engine
@@ -698,19 +688,7 @@ class SecondaryBackstore(PairBackstore):
 
     def _jobs(self) -> list[schema.Job]:
         job = self.engine.job
-        if job is None:
-            return []
-        return [
-            schema.Job(
-                id=job.name,
-                type=job.kind,
-                offset=job.offset,
-                length=job.length,
-                speed=int(job.speed),
-                status=job.status.value,
-                error=job.error,
-            )
-        ]
+        return [] if job is None else [_job(job, job.speed, error=job.error)]
 
     # --- the primary's commands
 
@@ -788,6 +766,19 @@ class SecondaryBackstore(PairBackstore):
             promoted_at=engine.manifest.promoted_at,
             settled=engine.settled,
         )
+
+
+def _job(job: Job, speed: float, **known: Any) -> schema.Job:
+    """A job as `status` shows it."""
+    return schema.Job(
+        id=job.name,
+        type=job.kind,
+        offset=job.offset,
+        length=job.length,
+        speed=int(speed),
+        status=job.status.value,
+        **known,
+    )
 
 
 def _now() -> str:
