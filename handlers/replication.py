@@ -207,8 +207,11 @@ class PairBackstore(Backstore):
         await self.engine.init()
         self._tell_stage()
 
-    async def _resync(self, arguments: schema.Nothing, session: Session) -> None:
-        await self.engine.resync()
+    async def _resync(self, arguments: schema.Resync, session: Session) -> None:
+        if arguments.paused is None and arguments.limit is None:
+            await self.engine.resync()
+        else:
+            await self.engine.pace_resync(paused=arguments.paused, limit=arguments.limit)
 
     async def _stop(self, arguments: schema.Stop, session: Session) -> schema.Outcome:
         return self._outcome(await self.engine.stop(force=arguments.force))

@@ -289,10 +289,34 @@ def failover(
             waiting.for_jobs(context.run_directory, resource, quiet=as_json)
 
 
+class SizeOption(click.ParamType):
+    """A size such as 50M, in bytes."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """See click."""
+        from tcmu_replication.units import parse_size
+
+        try:
+            return value if isinstance(value, int) else 0 if value == "0" else parse_size(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
 @cli.command()
 @one_or_all
+@click.option("--pause/--resume", "paused", default=None, help="Send nothing for now; or go on.")
+@click.option("--limit", type=SizeOption(), help="Bytes per second at most, as 50M; 0 for none.")
 @pass_context
-def resync(context: Context, name: str | None, everything: bool, as_json: bool) -> None:
+def resync(
+    context: Context,
+    name: str | None,
+    everything: bool,
+    as_json: bool,
+    paused: bool | None,
+    limit: int | None,
+) -> None:
     """On the primary: send the secondary what it misses.
 
     That begins by itself when the secondary is back, unless the resource file
@@ -300,8 +324,15 @@ def resync(context: Context, name: str | None, everything: bool, as_json: bool) 
     host is the one that counts, where start has found the disks to differ:
     what only the secondary has is lost. The LUN is used meanwhile; status shows
     how far it is. The secondary can be failed over to its checkpoint throughout.
+
+    Its rate follows the latency of the LUN's own writes. --limit bounds it too,
+    --pause keeps it from sending; both are true until the worker ends, and
+    begin no resync.
     """
-    _command(context, name, everything, as_json, "resync", lambda _: {}, lambda _: "the resync has begun")
+    chosen = {"paused": paused, "limit": limit}
+    arguments = {key: value for key, value in chosen.items() if value is not None}
+    done = "so it is from now on" if arguments else "the resync has begun"
+    _command(context, name, everything, as_json, "resync", lambda _: arguments, lambda _: done)
 
 
 @cli.command()

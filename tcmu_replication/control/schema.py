@@ -130,6 +130,17 @@ class PeerState(Document, frozen=True, kw_only=True):
     settled: Count = 0
 
 
+class Resync(Document, frozen=True, kw_only=True):
+    """Arguments of resync. Without any: begin one.
+
+    `paused`: whether this and later ones send nothing. `limit`: bytes per second at most, 0: as the
+    latency of the LUN's own writes allows. Both are true until the worker ends.
+    """
+
+    paused: bool | None = None
+    limit: Count | None = None
+
+
 class PeerResync(Document, frozen=True, kw_only=True):
     """Arguments of peer-resync: the pairing, and the name of the checkpoint that the state before becomes."""
 
@@ -385,7 +396,7 @@ COMMANDS = table(
         "stop-replication", Stop, Outcome, OPERATOR,
         "Stop replicating; a secondary makes a last checkpoint.",
     ),
-    Command("resync", Nothing, None, OPERATOR, "Send the secondary what it misses."),
+    Command("resync", Resync, None, OPERATOR, "Send the secondary what it misses; or how fast that is done."),
     Command("query-errors", Nothing, ErrorStatus, OPERATOR, "The recorded error, and its reason.", oob=True),
     Command("attach-device", DeviceArguments, None, OPERATOR, "Serve the LUN on a UIO device too."),
     Command("detach-device", DeviceArguments, None, OPERATOR, "The UIO device is going or gone."),

@@ -358,6 +358,10 @@ class Forwarding(PrimaryRole):
             self._judge(state)
         self.healing.begin_by_hand()
 
+    def pace_resync(self, paused: bool | None, limit: int | None) -> None:
+        """See `Replica.pace_resync`."""
+        self.healing.pace(paused, limit)
+
     async def compare(self) -> None:
         """Compare both disks, and mark what differs. Raises `Error`."""
         await self._comparing.run()

@@ -57,6 +57,24 @@ class Healing:
         self._trouble: str | None = None
         self._step: asyncio.Task[None] | None = None
         self._linked = False
+        self._paused = False
+        self._limit: int | None = None
+
+    def pace(self, paused: bool | None, limit: int | None) -> None:
+        """How fast this and later resyncs go; what is None stays. See `Replica.pace_resync`."""
+        if paused is not None:
+            self._paused = paused
+        if limit is not None:
+            self._limit = limit or None
+        if self.job is not None:
+            self._apply(self.job)
+
+    def _apply(self, job: Resync) -> None:
+        job.limit = self._limit
+        if self._paused:
+            job.pause()
+        else:
+            job.resume()
 
     def consider(self) -> None:
         """The secondary was heard, and is ours: begin, if there is something to do and nothing is against it."""
@@ -192,6 +210,7 @@ class Healing:
 
     async def _resync(self, forward: Resyncing) -> None:
         job = self.job = Resync(f"resync-{self._role.name}", self._replica.disk, self._replica.top, forward)
+        self._apply(job)
         log.info("%s: resync of %s", self._role.name, format_size(self._sender.missed.bytes))
         await job.run()
 

@@ -151,10 +151,13 @@ class Replica:
         """How far a resync is that this primary carries out; None if it carries out none."""
         if not self.role.heals:
             return None
-        job = self.role.resyncing
+        job, comparing = self.role.resyncing, self.role.comparing
+        if comparing is not None:
+            done, whole = format_size(comparing.offset), format_size(comparing.length)
+            return f"both disks are compared first, {done} of {whole}"
         if job is None:
             return "it begins"
-        return f"{format_size(job.left)} are left"
+        return f"{format_size(job.left)} are left" + (f"; {job.waits}" if job.waits else "")
 
     @property
     def out_of_sync_bytes(self) -> int:
@@ -414,6 +417,14 @@ class Replica:
         """Send the secondary what it misses, on the operator's word. Returns when it has begun. Raises `Error`."""
         async with self._command():
             await self.role.resync()
+
+    async def pace_resync(self, *, paused: bool | None = None, limit: int | None = None) -> None:
+        """Pause resyncs, or let them go on; `limit` is in bytes per second, 0 for none but what the LUN allows.
+
+        Raises `Error(INVALID_STATE)` where nothing is forwarded.
+        """
+        async with self._command():
+            self.role.pace_resync(paused, limit)
 
     async def begin_resync(self, generation: str, name: str) -> bool:
         """The primary will send what this secondary misses: its disk is a mix until `end_resync`.

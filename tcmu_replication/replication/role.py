@@ -106,6 +106,12 @@ class Role:
             Kind.INVALID_STATE, f"this host forwards nothing of {self.name}: there is nothing to resync"
         )
 
+    def pace_resync(self, paused: bool | None, limit: int | None) -> None:
+        """How fast resyncs go. Raises `Error(INVALID_STATE)`."""
+        raise Error(
+            Kind.INVALID_STATE, f"this host forwards nothing of {self.name}: there is nothing to resync"
+        )
+
     async def begin_resync(self, generation: str, name: str) -> bool:
         """The primary will send what this host misses. Raises `Error(CONFLICT)` if it is not its secondary."""
         raise Error(Kind.CONFLICT, f"this host is no running secondary of {self.name}")

@@ -172,6 +172,11 @@ def test_no_heavy_import_for_a_plain_command(workers: Workers) -> None:
             "disk0: failover to latest: the LUN is writable, stage done",
         ),
         (["stop", "disk0"], schema.Stop(), None, "disk0: stopped"),
+        (["resync", "disk0"], schema.Resync(), None, "disk0: the resync has begun"),
+        (["resync", "disk0", "--pause"], schema.Resync(paused=True), None, "disk0: so it is from now on"),
+        (["resync", "disk0", "--resume"], schema.Resync(paused=False), None, "disk0: so it is"),
+        (["resync", "disk0", "--limit", "50M"], schema.Resync(limit=50 << 20), None, "disk0: so it is"),
+        (["resync", "disk0", "--limit", "0"], schema.Resync(limit=0), None, "disk0: so it is"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -183,6 +188,13 @@ def test_command_reaches_its_worker_and_says_what_became_of_it(
     result = command(*arguments)
     assert (result.exit_code, workers.calls) == (0, [(name, asked)])
     assert printed in result.stdout
+
+
+@pytest.mark.parametrize("limit", ["", "fast", "-1", "1.5M", "50 X"])
+def test_limit_that_is_no_size_is_refused(workers: Workers, limit: str) -> None:
+    workers.serve("disk0", resync=None)
+    assert command("resync", "disk0", "--limit", limit).exit_code == exits.WRONG
+    assert workers.calls == []
 
 
 @pytest.mark.parametrize("kind", Kind, ids=lambda kind: kind.name)

@@ -135,6 +135,52 @@ def test_both_disks_are_compared_where_it_is_not_known_where_they_differ(pair, m
     run(pair, story)
 
 
+def test_comparison_before_a_resync_is_told(pair):
+    async def story():
+        await pair.engine.start(Mode.PRIMARY, again=True, assume_clean=True)
+        asked, answer = asyncio.Event(), asyncio.Event()
+
+        async def digests(offset, length, piece):
+            asked.set()
+            await answer.wait()
+            raise Error(Kind.UNSUPPORTED)
+
+        pair.digests = digests
+        pair.compare = True
+        assert pair.engine.resync_in_words is None
+        await pair.miss()
+        await asked.wait()
+        assert pair.engine.resync_in_words == "both disks are compared first, 0 B of 4 MiB"
+        answer.set()
+        await pair.healed()
+        assert pair.engine.resync_in_words is None
+
+    run(pair, story)
+
+
+def test_resync_that_is_paused_sends_nothing_until_it_is_resumed(pair):
+    async def story():
+        await pair.engine.start(Mode.PRIMARY, again=True, assume_clean=True)
+        await pair.engine.pace_resync(paused=True, limit=MiB)
+        await pair.miss(0, 7, MiB)
+        await pair.until(lambda: pair.engine.resyncing is not None and pair.engine.resyncing.waits)
+        assert (pair.engine.resyncing.waits, pair.engine.resyncing.limit) == ("paused", MiB)
+        assert pair.engine.resync_in_words == "1 MiB are left; paused"
+        await pair.write(2 * MiB, 5)
+        assert pair.byte(2 * MiB) == (5, 5), "what is new is forwarded"
+        assert pair.byte(0) == (7, 0)
+        await pair.engine.pace_resync(limit=0)
+        assert (pair.engine.resyncing.paused, pair.engine.resyncing.limit) == (True, None)
+        await pair.engine.pace_resync(paused=False)
+        await pair.healed()
+        assert pair.theirs.data == pair.disk.data
+        await pair.engine.stop()
+        with pytest.raises(Error, match="forwards nothing"):
+            await pair.engine.pace_resync(paused=True)
+
+    run(pair, story)
+
+
 def test_writes_meanwhile_are_on_both_disks(pair):
     async def story():
         await pair.engine.start(Mode.PRIMARY, again=True, assume_clean=True)
