@@ -369,6 +369,22 @@ def errors(context: Context, name: str | None, as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("name", required=False, shell_complete=complete_name)
+@click.option("--now", is_flag=True, help="Print what is there now, and end.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for machines: a document a line.")
+@pass_context
+def events(context: Context, name: str | None, now: bool, as_json: bool) -> None:
+    """Follow what happens, a line each: stages, the link, checkpoints, jobs.
+
+    A resource "exists" at the beginning, and when its worker is back; it is
+    "down" when that has gone. Ends by Ctrl-C, or when nobody reads any more.
+    """
+    from tcmu_replication.cli import events as following
+
+    following.run(context.run_directory, [name] if name else names_of(context), now=now, as_json=as_json)
+
+
+@cli.command()
 @click.argument("file", required=False, type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for machines: a list, one of each file.")
 @pass_context

@@ -80,6 +80,15 @@ class Client:
             else:
                 raise Error(Kind.PEER_LIED, f"an unexpected message: {message!r:.80}")
 
+    def next_event(self) -> dict[str, Any]:
+        """Wait for an event, or take the first that is kept. Raises PEER_LOST if the connection ends."""
+        self._connection.settimeout(None)
+        while not self.events:
+            message = self._message()
+            if "event" in message:
+                self.events.append(message)
+        return self.events.pop(0)
+
     def close(self) -> None:
         """Close the connection."""
         self._connection.close()

@@ -40,6 +40,8 @@ COMMANDS = [
     "failover",
     "stop",
     "errors",
+    "events",
+    "resync",
     "check",
 ]
 
@@ -52,6 +54,7 @@ class Workers:
         self.calls: list[tuple[str, Any]] = []
         self.loop = asyncio.new_event_loop()
         self.servers: list[Server] = []
+        self.named: dict[str, Server] = {}
         self.thread = threading.Thread(target=self.loop.run_forever)
         self.thread.start()
 
@@ -73,6 +76,13 @@ class Workers:
         server = Server({key: handler(key, body) for key, body in names.items()}, table)
         self._call(server.listen_unix(self.run / f"{name}.sock"))
         self.servers.append(server)
+        self.named[name] = server
+
+    def end(self, name: str) -> None:
+        """The worker of `name` ends."""
+        server = self.named.pop(name)
+        self.servers.remove(server)
+        self._call(server.close())
 
     def close(self) -> None:
         for server in self.servers:
