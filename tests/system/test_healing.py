@@ -65,6 +65,7 @@ def test_secondary_is_refused_the_latest_and_given_the_checkpoint_while_it_is_ma
 @pytest.mark.parametrize("victim", ["alpha", "beta"])
 def test_resync_goes_on_after_the_death_of_either_worker(pair, victim):
     pair.replicate()
+    pair.alpha.cli("resync", "disk0", "--limit", "8M")  # so that it is under way when somebody dies
     pair.beta.pause()
     pair.alpha.io("write -P 0x22 0 48M", "flush")
     pair.beta.resume()
