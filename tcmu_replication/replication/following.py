@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+NEVER_EQUAL = (
+    "the disks were not equal when a resync began, so the state before it is none that the primary had"
+)
+
 
 class Following(SecondaryRole):
     """The role of a secondary in stage `running`."""
@@ -162,7 +166,9 @@ class Following(SecondaryRole):
         for hold in holds:
             hold.check(f"the checkpoint of {self.name}")
         pause = (time.monotonic() - began) * 1000
+        manifest = self.record.manifest
         self.record.save(
+            suspect=manifest.suspect if manifest.disk_error else None,  # of the checkpoint before
             epoch=self.replica.epoch + 1,
             checkpoint_id=name,
             checkpoint_at=now(),
@@ -192,6 +198,8 @@ class Following(SecondaryRole):
             ):  # the disk is as the primary's was at some time: a checkpoint, and what it saved is over
                 await self.move_epoch(name)
             suspect = manifest.suspect if compare else None
+            if not manifest.verified:
+                suspect = suspect or NEVER_EQUAL
             self.record.save(resync_since=now(), suspect=suspect)
             log.warning("%s: a resync begins: the disk is a mix until its end", self.name)
             self.replica.stage_changed()

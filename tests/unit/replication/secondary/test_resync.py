@@ -98,6 +98,25 @@ def test_mix_is_not_served_as_the_latest_and_the_checkpoint_is(site):
     run(story())
 
 
+def test_state_before_a_first_synchronisation_is_no_checkpoint_of_the_pair(site):
+    """The disks were never equal: it is this host's old data, and after the end nobody would say so."""
+
+    async def story():
+        await started(site)
+        await site.engine.hear(generation(site), News(False, THEN, "the disks differ"))
+        await site.engine.begin_resync(generation(site), "before")
+        await site.forward(0, BLOCK, RESENT)
+        await site.engine.end_resync(generation(site))
+        with pytest.raises(Error, match=r"may be damaged.*were not equal"):
+            await site.engine.failover(latest=False, fenced=True)
+        await site.engine.checkpoint("after")
+        await site.engine.failover(latest=False, fenced=True)
+        await site.committed()
+        assert site.sec(0) == {RESENT}
+
+    run(story())
+
+
 def test_host_that_lost_power_asks_for_a_comparison_and_keeps_the_checkpoint_from_before(
     tmp_path, monkeypatch
 ):
