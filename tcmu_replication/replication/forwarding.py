@@ -299,7 +299,9 @@ class Forwarding(PrimaryRole):
         if self.record.stage is not Stage.RUNNING:
             return
         if (healing or self.healing.under_way) and not self.is_promoted(state):
-            return  # it may be what it said before a resync ended
+            if not self._is_ours(state):
+                self.healing.lost(Error(Kind.CONFLICT, f"{self.replica.peer_name} follows no more"))
+            return  # its error may be what it said before a resync ended
         with contextlib.suppress(Error):  # what is wrong with it is recorded
             self._judge(state)
         if self._is_ours(state):
@@ -595,6 +597,7 @@ class Forwarding(PrimaryRole):
     def disk_lost(self, error: Error) -> None:
         """See `Role.disk_lost`; the peer is told at once."""
         super().disk_lost(error)
+        self.healing.lost(error)  # this disk must go over no other
         self.spawn(self.tell())
 
     def child_failed(self, failure: Failure) -> None:

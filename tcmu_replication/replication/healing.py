@@ -95,7 +95,7 @@ class Healing:
         self._begin()
 
     def lost(self, error: Error) -> None:
-        """The peer has missed something again: what is under way is given up, and begun anew later."""
+        """The peer has missed something again, or must get nothing: what is under way is given up."""
         if self._step is not None:
             log.info("%s: the resync is interrupted: %s", self._role.name, error)
             self._step.cancel()
@@ -162,6 +162,9 @@ class Healing:
             async with self._replica.quiet():
                 self._sender.attach(remote, forward)
             self._replica.stage_changed()
+            obstacle = self._obstacle(asked=True)  # the disk may have failed since
+            if obstacle is not None:
+                raise Error(Kind.INVALID_STATE, obstacle)
             if not self._sender.missed.complete:
                 await self._alone(self._compare())
             await self._alone(self._resync(forward))
@@ -221,6 +224,10 @@ class Healing:
             flushed = remote.flush()
             remote.unplug()
             await settle(flushed)
+            if record.manifest.disk_error:
+                raise Error(
+                    Kind.IO, f"this host's disk may lack what was acknowledged: {record.manifest.disk_error}"
+                )
             if forward.gap is not None or self._sender.missed.bytes or not self._sender.missed.complete:
                 raise forward.gap or Error(Kind.PEER_LOST, "the secondary has missed writes again")
             self._sender.missed.flush()

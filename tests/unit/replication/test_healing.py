@@ -72,6 +72,12 @@ class Pair(Site):
             while not condition():
                 await asyncio.sleep(0.001)
 
+    async def beats(self, count):
+        """So often the peer was heard, and something could have begun."""
+        for _ in range(count):
+            self.calls.clear()
+            await self.until(lambda: "hello" in self.calls)
+
     async def healed(self):
         await self.until(lambda: self.engine.forwards and self.engine.epoch > 1)
 
@@ -315,9 +321,7 @@ def test_disks_that_were_never_equal_take_the_operators_word(pair, monkeypatch):
         pair.theirs.data[2 * MiB + 5 * BLOCK : 2 * MiB + 6 * BLOCK] = b"u" * BLOCK
         await pair.engine.start(Mode.PRIMARY, again=True, compare=True, sync=False)
         await pair.until(lambda: pair.engine.machine.error)
-        for _ in range(3):
-            pair.calls.clear()
-            await pair.until(lambda: "hello" in pair.calls)
+        await pair.beats(3)
         assert not pair.begun
         await pair.engine.resync()
         await pair.healed()
@@ -370,9 +374,7 @@ def test_checkpoint_of_a_controller_is_not_moved_by_a_resync_unasked(pair):
     async def story():
         await pair.engine.start(Mode.PRIMARY)  # as QEMU's command does
         await pair.miss()
-        for _ in range(3):
-            pair.calls.clear()
-            await pair.until(lambda: "hello" in pair.calls)
+        await pair.beats(3)
         assert not pair.begun
         await pair.engine.resync()
         await pair.healed()
@@ -381,13 +383,49 @@ def test_checkpoint_of_a_controller_is_not_moved_by_a_resync_unasked(pair):
     run(pair, story)
 
 
+async def paused(pair):
+    """A resync is under way, and sends nothing."""
+    await pair.engine.start(Mode.PRIMARY, again=True, assume_clean=True)
+    await pair.engine.pace_resync(paused=True)
+    await pair.miss(0, 7, MiB)
+    await pair.until(lambda: pair.engine.resyncing is not None and pair.engine.resyncing.waits)
+
+
+def test_disk_whose_sync_fails_during_a_resync_ends_it(pair):
+    """D4: what is read here from then on may be older than what was acknowledged."""
+
+    async def story():
+        await paused(pair)
+        pair.engine.role.disk_lost(Error(Kind.IO, "the medium is broken"))
+        await pair.until(lambda: not pair.engine.role.heals)
+        await pair.engine.pace_resync(paused=False)
+        await pair.beats(3)
+        assert not pair.ended
+        assert len(pair.begun) == 1
+        assert pair.byte(0) == (7, 0)
+        assert pair.engine.manifest.disk_error
+
+    run(pair, story)
+
+
+def test_secondary_that_follows_no_more_is_sent_nothing_more(pair):
+    async def story():
+        await paused(pair)
+        pair.peer = pair.peer._replace(stage=Stage.DONE)
+        await pair.until(lambda: not pair.engine.role.heals)
+        await pair.engine.pace_resync(paused=False)
+        await pair.beats(3)
+        assert len(pair.begun) == 1
+        assert pair.byte(0) == (7, 0)
+
+    run(pair, story)
+
+
 def test_manual_resync_does_not_begin_by_itself(pair):
     async def story():
         await pair.engine.start(Mode.PRIMARY, again=True, assume_clean=True)
         await pair.miss()
-        for _ in range(3):
-            pair.calls.clear()
-            await pair.until(lambda: "hello" in pair.calls)
+        await pair.beats(3)
         assert not pair.begun
         await pair.engine.resync()
         await pair.healed()
