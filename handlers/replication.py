@@ -532,6 +532,7 @@ class PrimaryBackstore(PairBackstore):
                 comparing=comparing,
                 resync=engine.resync_in_words,
                 verified=engine.manifest.verified,
+                peer_is_qemu=self._control_peer is None,
                 out_of_sync_bytes=0 if engine.forwards else missed,
                 resending_bytes=missed if engine.forwards else 0,
             )

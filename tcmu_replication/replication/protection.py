@@ -33,7 +33,8 @@ class Facts(NamedTuple):
     when the peer, and when this host, was promoted. `suspect`: why the checkpoint may
     be damaged. `comparing`: bytes done and in all of the comparison that a start
     begins. `resending_bytes`: what goes to the peer again after a crash.
-    `verified`: both disks were equal once in this pairing. `resync`: of a primary how far one is that is
+    `peer_is_qemu`: it cannot be told of a resync. `verified`: both disks were equal once in
+    this pairing. `resync`: of a primary how far one is that is
     under way, of a secondary since when. `out_of_sync_bytes`: what the peer is known to miss, and
     `map_complete` that no more is missed. `removed`: the replica was taken out of the mirror. `job`: the commit in
     words. `hangs`: the call of a disk that has not returned, and for how long.
@@ -60,6 +61,7 @@ class Facts(NamedTuple):
     outdated_reason: str | None = None
     comparing: tuple[int, int] | None = None
     verified: bool = True
+    peer_is_qemu: bool = False
     resync: str | None = None
     resending_bytes: int = 0
     detached_since: str | None = None
@@ -117,7 +119,8 @@ AGAIN = (
 RESYNC = (
     "bring back {secondary}, its worker and the link: it is then sent what it misses, while the LUN of {primary} is "
     "used. "
-    '(Where the resource file says `resync = "manual"`: `tcmu-replication resync {name}` on {primary})'
+    'Where the resource file says `resync = "manual"`, or a controller has started replication: '
+    "`tcmu-replication resync {name}` on {primary}"
 )
 START = (
     "`tcmu-replication start {name}` on {secondary}, then on {primary}. It compares both disks; if they differ it says "
@@ -261,6 +264,14 @@ TABLE: tuple[Row, ...] = (
         "if the data of {host} is the one that counts: `tcmu-replication resync {name}` here makes {peer} equal to it, "
         "while the LUN is used; what only {peer} has is lost. If the data of {peer} counts: "
         "`tcmu-replication stop {name}` on both, and see docs/status.md",
+    ),
+    Row(
+        "primary-outdated-qemu",
+        lambda f: _primary(f) and bool(f.outdated_since) and f.peer_is_qemu,
+        "unprotected",
+        "what is written since then is on this host only: {outdated}. {peer} is QEMU's, and is not sent it",
+        ("outdated_since",),
+        "see docs/status.md, After a gap: what has to be done with a QEMU",
     ),
     Row(
         "primary-outdated",

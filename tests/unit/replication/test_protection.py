@@ -39,6 +39,9 @@ CASES: dict[str, Facts] = {
     "primary-resyncing": facts(outdated_since=THEN, resync="12 MiB are left", out_of_sync_bytes=12 << 20),
     "secondary-resyncing": facts("secondary", outdated_since=THEN, resync=THEN, error="alpha goes on"),
     "primary-unlike": facts(outdated_since=THEN, verified=False, outdated_reason="the disks differ: 4 KiB"),
+    "primary-outdated-qemu": facts(
+        outdated_since=THEN, outdated_reason="the link was lost", peer_is_qemu=True
+    ),
     "primary-outdated": facts(outdated_since=THEN, outdated_reason="not forwarded: the link was lost"),
     "secondary-outdated": facts("secondary", outdated_since=THEN, outdated_reason="alpha goes on"),
     "primary-error": facts(
@@ -168,6 +171,7 @@ ANY = st.builds(
     error=TEXT,
     outdated_since=TIME,
     verified=st.just(True) | st.booleans(),
+    peer_is_qemu=st.booleans(),
     resync=TEXT,
     comparing=st.none() | st.tuples(st.integers(0, 99), st.integers(0, 99)),
     resending_bytes=st.just(0) | st.integers(0, 1 << 40),
