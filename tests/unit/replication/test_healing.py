@@ -408,6 +408,21 @@ def test_disk_whose_sync_fails_during_a_resync_ends_it(pair):
     run(pair, story)
 
 
+def test_write_that_the_secondary_misses_again_ends_the_attempt_and_the_next_one_sends_it(pair):
+    async def story():
+        await paused(pair)
+        await pair.vanish()
+        await pair.write(2 * MiB, 9)
+        await pair.until(lambda: not pair.engine.role.heals)
+        assert pair.byte(2 * MiB) == (9, 0)
+        await pair.engine.pace_resync(paused=False)
+        await pair.serve()
+        await pair.healed()
+        assert pair.theirs.data == pair.disk.data
+
+    run(pair, story)
+
+
 def test_secondary_that_follows_no_more_is_sent_nothing_more(pair):
     async def story():
         await paused(pair)
