@@ -7,6 +7,7 @@ import pytest
 from tcmu_replication.units import MiB
 from tests.support.processes import Pair
 from tests.support.tools import requires, until
+from tests.system.test_silent_loss import promoted
 
 pytestmark = requires("qemu-io")
 
@@ -117,13 +118,7 @@ def test_disks_that_start_found_to_differ_are_not_made_equal_unasked(pair):
 
 def test_promoted_host_goes_on_as_the_primary_as_the_texts_say(pair):
     """docs/status.md, After a failover."""
-    pair.replicate()
-    pair.alpha.io("write -P 0x11 0 1M")
-    pair.alpha.kill()
-    pair.beta.cli("failover", "disk0", "--to", "latest", "--fenced", "--wait")
-    pair.beta.io("write -P 0x22 1M 1M", "flush")
-    pair.alpha.start()
-    until(lambda: "was promoted" in (pair.alpha.status()["not-ready"] or ""), "alpha has heard of it")
+    promoted(pair)
     for worker in (pair.alpha, pair.beta):
         worker.stop()
         worker.exchange_roles()
