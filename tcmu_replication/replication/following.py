@@ -391,16 +391,21 @@ def _after_restart(role: SecondaryRole, found: Manifest) -> str | None:
     if found.stage is Stage.RUNNING:
         if role.replica.receiver.durable:
             return found.error or reason
-        disk = "The disk was not touched"
+        disk = (
+            "The disk was not touched. If the primary serves, it has everything: move the files of {directory} "
+            "away and start this host; then on the primary tcmu-replication stop {name}, and start with --sync-from "
+            "and its name"
+        )
     else:
         if found.whole:
             return found.error
         reason += ": what the LUN wrote may be missing"
         disk = (
-            "The commit had copied nothing yet; the disk has what was forwarded and what the LUN wrote since"
+            "The commit had copied nothing yet; the disk has what was forwarded and what the LUN wrote since; copy the "
+            "primary's disk, move {directory} away and start again"
         )
     raise Error(
         Kind.INVALID_STATE,
-        f"{reason}, and with durable = false the checkpoint may be torn. {disk}; "
-        f"copy the primary's disk, move {role.record.directory} away and start again",
+        f"{reason}, and with durable = false the checkpoint may be torn. "
+        + disk.format(directory=role.record.directory, name=role.name),
     )

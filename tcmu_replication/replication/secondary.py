@@ -48,7 +48,8 @@ class SecondaryRole(Role):
                 Kind.CONFLICT,
                 f"the LUN of {self.name} was written on this host{since}, while nothing was replicated: as a "
                 "secondary it would be overwritten with the primary's data. If this host's data is the one that "
-                "counts, copy it to the primary's disk first. To give it up: --discard-my-data",
+                "counts, it has to become the primary: docs/status.md, After a failover. To give it up: "
+                "--discard-my-data",
             )
         if options.assume_clean and manifest.promoted_at:
             raise Error(
